@@ -1,0 +1,173 @@
+"""The fifth stop: the probability of every relative rotation, and what a robot wants to know of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nope_ros.rotations import exp, geodesic_distance, log
+
+Array = NDArray[np.float64]
+
+MODE_SEPARATION = np.radians(20.0)
+CONFIDENCE_RADIUS = np.radians(30.0)
+# A mode is its peak's weighted mean over this radius: finer than the grid's own spacing.
+_PEAK_RADIUS = np.radians(16.0)
+_MOST_MODES = 8
+
+
+class Ambiguity(IntEnum):
+    """What kind of answer a distribution is."""
+
+    UNIQUE = 0
+    FINITE = 1  # a few distinct rotations explain the image, as with a 2-fold symmetric object
+    AXIAL = 2  # any turn about one axis explains it, as with an axis of revolution
+    UNINFORMATIVE = 3  # the image says next to nothing
+
+
+@dataclass(frozen=True)
+class Mode:
+    """One peak: its rotation (3, 3) and the probability mass around it."""
+
+    R: Array
+    probability: float
+
+
+@dataclass(frozen=True)
+class RotationDistribution:
+    """A discrete distribution over rotations.
+
+    Attributes:
+        rotations: (N, 3, 3).
+        probabilities: (N,), summing to one.
+        prior_probabilities: (N,) before the image was seen; entropy is judged against it.
+        spacing: distance of neighbouring rotations, radians.
+    """
+
+    rotations: Array
+    probabilities: Array
+    prior_probabilities: Array
+    spacing: float
+
+    @classmethod
+    def from_log_likelihood(
+        cls, rotations: Array, log_likelihood: Array, log_prior: Array | None = None, spacing: float = np.radians(15)
+    ) -> RotationDistribution:
+        """Normalise prior times likelihood (each (N,), in nats, up to a constant)."""
+        if log_prior is None:
+            log_prior = np.zeros(len(rotations))
+        return cls(rotations, _normalised(log_likelihood + log_prior), _normalised(log_prior), spacing)
+
+    def transformed(self, left: Array, right: Array) -> RotationDistribution:
+        """The distribution of left @ R @ right (each (3, 3)): a change of axes on either side."""
+        return RotationDistribution(
+            left @ self.rotations @ right, self.probabilities, self.prior_probabilities, self.spacing
+        )
+
+    def mass_within(self, R: Array, angle: float) -> float:
+        """Probability that the rotation is within ``angle`` radians of R (3, 3)."""
+        return float(self.probabilities[self._angle_to(R) <= angle].sum())
+
+    def credible_set(self, mass: float) -> NDArray[np.intp]:
+        """Indices of the fewest rotations that hold ``mass`` (0..1) together, most probable first."""
+        order = np.argsort(-self.probabilities, kind="stable")
+        count = int(np.searchsorted(np.cumsum(self.probabilities[order]), mass * (1 - 1e-12))) + 1
+        return order[:count]
+
+    @cached_property
+    def modes(self) -> tuple[Mode, ...]:
+        """Peaks at least 20° apart, most probable first; each rotation's mass goes to its nearest peak within 30°."""
+        order = np.argsort(-self.probabilities, kind="stable")[:512]
+        order = order[self.probabilities[order] > 0.002 * self.probabilities[order[0]]]
+        candidates = self.rotations[order]
+        near = _angles(candidates, candidates) < MODE_SEPARATION
+        # A peak has no more probable rotation nearby; anything else is the slope of one.
+        peaks = candidates[~np.tril(near, -1).any(axis=1)][:_MOST_MODES]
+        angles = _angles(peaks, self.rotations)
+        owner = np.where(angles.min(axis=0) <= CONFIDENCE_RADIUS, angles.argmin(axis=0), -1)
+        modes = [
+            Mode(self._peak_mean(peak), float(self.probabilities[owner == index].sum()))
+            for index, peak in enumerate(peaks)
+        ]
+        return tuple(sorted(modes, key=lambda mode: -mode.probability))
+
+    @property
+    def mode(self) -> Mode:
+        """The most probable peak."""
+        return self.modes[0]
+
+    @cached_property
+    def entropy(self) -> float:
+        """Entropy in nats."""
+        p = self.probabilities[self.probabilities > 0]
+        return float(-(p * np.log(p)).sum())
+
+    @cached_property
+    def confidence(self) -> float:
+        """Probability that the rotation is within 30° of the mode."""
+        return self.mass_within(self.mode.R, CONFIDENCE_RADIUS)
+
+    @cached_property
+    def covariance(self) -> Array:
+        """Second moment (3, 3) of log(R R̂ᵀ) about the mode R̂, rad², in the axes that R maps to (the camera's).
+
+        Includes the variance within one cell of the grid, so that a sharp answer is not taken for an exact one.
+        """
+        vectors = log(self.rotations @ self.mode.R.T)
+        moment: Array = np.einsum("n,ni,nj->ij", self.probabilities, vectors, vectors)
+        return moment + np.eye(3) * self.spacing**2 / 12
+
+    @cached_property
+    def ambiguity(self) -> Ambiguity:
+        """The kind of answer this is."""
+        prior = self.prior_probabilities[self.prior_probabilities > 0]
+        information = float(-(prior * np.log(prior)).sum()) - self.entropy
+        if information < 0.7:  # less than halving what was possible before
+            return Ambiguity.UNINFORMATIVE
+        if self.confidence >= 0.7:
+            return Ambiguity.UNIQUE
+        if self._lies_on_a_circle():
+            return Ambiguity.AXIAL
+        strong = [mode for mode in self.modes if mode.probability >= 0.3 * self.mode.probability]
+        if len(strong) > 1 and sum(mode.probability for mode in strong) >= 0.5:
+            return Ambiguity.FINITE
+        return Ambiguity.UNIQUE if self.confidence >= 0.4 else Ambiguity.UNINFORMATIVE
+
+    def _lies_on_a_circle(self) -> bool:
+        # Turns about one axis have rotation vectors along one line; an axis of revolution fills the whole circle.
+        kept = self.credible_set(0.8)
+        weight = self.probabilities[kept] / self.probabilities[kept].sum()
+        vectors = log(self.rotations[kept] @ self.mode.R.T)
+        moment = np.einsum("n,ni,nj->ij", weight, vectors, vectors)
+        values, axes = np.linalg.eigh(moment)
+        if values[2] < np.radians(60) ** 2 or values[1] > np.radians(35) ** 2:
+            return False
+        along = vectors @ axes[:, 2]
+        share = np.histogram(along, bins=12, range=(-np.pi, np.pi), weights=weight)[0]
+        return bool((share > 0.02).sum() >= 8)
+
+    def _peak_mean(self, peak: Array) -> Array:
+        near = self._angle_to(peak) <= _PEAK_RADIUS
+        vectors = log(self.rotations[near] @ peak.T)
+        mean: Array = exp(self.probabilities[near] @ vectors / self.probabilities[near].sum()) @ peak
+        return mean
+
+    def _angle_to(self, R: Array) -> Array:
+        return geodesic_distance(self.rotations, R)
+
+
+def _normalised(log_weights: Array) -> Array:
+    weights = np.exp(log_weights - log_weights.max())
+    total: Array = weights / weights.sum()
+    return total
+
+
+def _angles(a: Array, b: Array) -> Array:
+    # From the trace, by one product: enough digits for comparing with whole degrees.
+    trace = a.reshape(len(a), 9) @ b.reshape(len(b), 9).T
+    angle: Array = np.arccos(np.clip((trace - 1) / 2, -1, 1))
+    return angle

@@ -1,0 +1,91 @@
+"""Functions on the sphere by their harmonic coefficients, and how a rotation turns them.
+
+A function of bandwidth L is (L+1)² coefficients, ordered by degree l and then m = −l..l (index l² + l + m), of real
+orthonormal spherical harmonics. A rotation mixes only coefficients of one degree, exactly and without interpolation:
+that is why a latent kept in this form can be turned by ΔR at no loss.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.special import sph_harm_y
+from torch import Tensor
+
+
+def spherical_harmonics(directions: NDArray[np.float64], bandwidth: int) -> NDArray[np.float64]:
+    """Values (N, (L+1)²) of the real spherical harmonics at unit vectors (N, 3)."""
+    x, y, z = np.moveaxis(directions, -1, 0)
+    polar, azimuth = np.arccos(np.clip(z, -1, 1)), np.arctan2(y, x)
+    columns = []
+    for degree in range(bandwidth + 1):
+        for order in range(-degree, degree + 1):
+            value = sph_harm_y(degree, abs(order), polar, azimuth)
+            if order == 0:
+                columns.append(value.real)
+            else:
+                columns.append((-1) ** order * np.sqrt(2) * (value.real if order > 0 else value.imag))
+    return np.stack(columns, axis=-1)
+
+
+def degree_slices(bandwidth: int) -> list[slice]:
+    """Where each degree's 2l+1 coefficients stand."""
+    return [slice(degree**2, (degree + 1) ** 2) for degree in range(bandwidth + 1)]
+
+
+@cache
+def _z_to_y(bandwidth: int) -> list[Tensor]:
+    # D(X) of the quarter turn X about x with X z = y, found from Y(X p) = D(X) Y(p) at more points than unknowns.
+    points = np.random.default_rng(0).normal(size=(4 * (bandwidth + 1) ** 2, 3))
+    points /= np.linalg.norm(points, axis=1, keepdims=True)
+    quarter_turn = np.array([[1.0, 0, 0], [0, 0, 1], [0, -1, 0]])
+    before = spherical_harmonics(points, bandwidth)
+    after = spherical_harmonics(points @ quarter_turn.T, bandwidth)
+    return [
+        torch.from_numpy(np.linalg.lstsq(before[:, s], after[:, s], rcond=None)[0].T.copy())
+        for s in degree_slices(bandwidth)
+    ]
+
+
+def _turn_about_z(matrix: Tensor, angle: Tensor, degree: int) -> Tensor:
+    # Z(angle) @ matrix: cos(mφ) and sin(mφ) mix by the angle mα; row −m is row m read backwards.
+    orders = torch.arange(-degree, degree + 1, device=angle.device, dtype=angle.dtype)
+    phase = angle[..., None] * orders
+    return phase.cos()[..., None] * matrix - phase.sin()[..., None] * matrix.flip(-2)
+
+
+def wigner_d(R: Tensor, bandwidth: int) -> list[Tensor]:
+    """The matrices D_l(R) with Y(R x) = D(R) Y(x); coefficients c of a function turn into D(R) c.
+
+    From the Euler angles R = R_z(α) R_y(β) R_z(γ), where R_y(β) = X R_z(β) Xᵀ with a fixed quarter turn X, so that
+    only turns about z, which are cosines and sines, depend on R.
+
+    Args:
+        R: (N, 3, 3) rotations.
+        bandwidth: L.
+
+    Returns:
+        For each degree l = 0..L a tensor (N, 2l+1, 2l+1).
+    """
+    sine = torch.hypot(R[:, 0, 2], R[:, 1, 2])
+    beta = torch.atan2(sine, R[:, 2, 2])
+    # With β = 0 or π only the sum or difference of α and γ is defined: all of it goes to γ.
+    pole = sine < 1e-6
+    alpha = torch.where(pole, torch.zeros_like(beta), torch.atan2(R[:, 1, 2], R[:, 0, 2]))
+    gamma = torch.where(pole, torch.atan2(R[:, 1, 0], R[:, 1, 1]), torch.atan2(R[:, 2, 1], -R[:, 2, 0]))
+    result = []
+    for degree, quarter in enumerate(_z_to_y(bandwidth)):
+        X = quarter.to(R)
+        right = _turn_about_z(torch.eye(2 * degree + 1).to(R).expand(len(R), -1, -1), gamma, degree)
+        middle = _turn_about_z(X.T @ right, beta, degree)
+        result.append(_turn_about_z(X @ middle, alpha, degree))
+    return result
+
+
+def rotate(coefficients: Tensor, D: list[Tensor]) -> Tensor:
+    """Turn coefficients (N or 1, (L+1)², C) by D_l (N, 2l+1, 2l+1): (N, (L+1)², C)."""
+    parts = [block @ coefficients[:, s] for block, s in zip(D, degree_slices(len(D) - 1), strict=True)]
+    return torch.cat(parts, dim=1)

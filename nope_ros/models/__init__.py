@@ -1,0 +1,1 @@
+"""The networks: each predicts templates from a reference latent and rotations."""

@@ -1,0 +1,232 @@
+"""A predictor whose latent is a function in 3D that ΔR turns explicitly, trained on the pose likelihood.
+
+A U-Net lifts one crop to features in a ball around the object, kept as spherical harmonics; predicting a new view is
+turning them, which is exact, needs no training and is cheap: F(e_r, ΔR) = D(ΔR) e_r. With one context token, the
+cross-attention of NOPE's U-Net adds one vector at every pixel, so rotation has to be learned from scratch there; 3DAHV
+(Zhao et al., ICLR 2024) and DVMNet (Zhao et al., CVPR 2024) make the same case for an explicit 3D latent, and
+Image2Sphere (Klee et al., ICLR 2023) for one in harmonics.
+
+Turning keeps norms, so NOPE's likelihood −‖F(e_r, ΔR) − e_q‖² (Nguyen et al., CVPR 2024, Eq. 4) is here a scalar product.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nope_ros.harmonics import degree_slices, rotate, spherical_harmonics, wigner_d
+from nope_ros.rotations import icosphere
+
+
+@dataclass(frozen=True)
+class RotatedLatentConfig:
+    """Sizes of the network.
+
+    Attributes:
+        crop_size: side of the input, pixels; a multiple of 16.
+        widths: channels at 1/4, 1/8 and 1/16 of the input.
+        bandwidth: highest spherical harmonic degree L of the latent.
+        channels: channels of the latent; with more than 2L+1 the correlation of two latents reaches full rank.
+        depths: slabs along the optical axis into which each pixel is lifted.
+        lifted_channels: channels of a lifted cell.
+        sphere_blocks: residual blocks on the sphere after lifting.
+    """
+
+    crop_size: int = 96
+    widths: tuple[int, int, int] = (64, 128, 256)
+    bandwidth: int = 8
+    channels: int = 24
+    depths: int = 8
+    lifted_channels: int = 32
+    sphere_blocks: int = 2
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values for config.json."""
+        return asdict(self)
+
+
+class _Block(nn.Module):
+    """Two 3×3 convolutions around a skip."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(channels)
+        nn.init.zeros_(self.norm2.weight)  # starts as the identity
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.norm1(self.conv1(x)))
+        return F.relu(x + self.norm2(self.conv2(h)))
+
+
+class _Attention(nn.Module):
+    """Self-attention over all positions: parts that belong together lie far apart."""
+
+    def __init__(self, channels: int, positions: int, heads: int = 4) -> None:
+        super().__init__()
+        self.position = nn.Parameter(torch.randn(positions, channels) * 0.02)
+        self.norm = nn.LayerNorm(channels)
+        self.to_qkv = nn.Linear(channels, 3 * channels)
+        self.out = nn.Linear(channels, channels)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+        self.heads = heads
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, channels, height, width = x.shape
+        tokens = x.flatten(2).transpose(1, 2)
+        q, k, v = (
+            part.reshape(batch, height * width, self.heads, -1).transpose(1, 2)
+            for part in self.to_qkv(self.norm(tokens + self.position)).chunk(3, dim=-1)
+        )
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, height * width, channels)
+        return x + self.out(mixed).transpose(1, 2).reshape(x.shape)
+
+
+def _down(channels_in: int, channels_out: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(channels_in, channels_out, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(channels_out), nn.ReLU()
+    )
+
+
+class _Up(nn.Module):
+    """Double the resolution and join the encoder's features of that resolution."""
+
+    def __init__(self, channels_in: int, channels_skip: int, channels_out: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels_in + channels_skip, channels_out, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(channels_out)
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        x = F.interpolate(x, scale_factor=2, mode="nearest")
+        return F.relu(self.norm(self.conv(torch.cat([x, skip], dim=1))))
+
+
+class _PerDegree(nn.Module):
+    """A linear map of channels, one for each degree: the only linear maps that commute with every rotation."""
+
+    def __init__(self, bandwidth: int, channels_in: int, channels_out: int, gain: float = 1.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(bandwidth + 1, channels_in, channels_out) * gain * channels_in**-0.5)
+        degrees = torch.cat([torch.full((2 * degree + 1,), degree) for degree in range(bandwidth + 1)])
+        self.register_buffer("degrees", degrees, persistent=False)
+
+    def forward(self, coefficients: Tensor) -> Tensor:  # (B, (L+1)², C_in) → (B, (L+1)², C_out)
+        weights = self.weight[self.degrees]
+        return torch.einsum("bmc,mcd->bmd", coefficients, weights.to(coefficients.dtype))
+
+
+class _SphereBlock(nn.Module):
+    """A residual block in harmonics: to points of a sphere, a small network at each point, and back."""
+
+    to_points: Tensor
+    to_harmonics: Tensor
+
+    def __init__(self, bandwidth: int, channels: int) -> None:
+        super().__init__()
+        points = icosphere(3 if bandwidth > 9 else 2)
+        values = spherical_harmonics(points, bandwidth)
+        self.register_buffer("to_points", torch.from_numpy(values).float(), persistent=False)
+        self.register_buffer("to_harmonics", torch.from_numpy(np.linalg.pinv(values)).float(), persistent=False)
+        self.mix = _PerDegree(bandwidth, channels, channels)
+        self.norm = nn.LayerNorm(channels)
+        self.point1 = nn.Linear(channels, 2 * channels)
+        self.point2 = nn.Linear(2 * channels, channels)
+        self.out = _PerDegree(bandwidth, channels, channels, gain=0.1)
+
+    def forward(self, coefficients: Tensor) -> Tensor:
+        at_points = torch.matmul(self.to_points.to(coefficients.dtype), self.mix(coefficients))
+        h = self.point2(F.gelu(self.point1(self.norm(at_points))))
+        return coefficients + self.out(torch.matmul(self.to_harmonics.to(h.dtype), h))
+
+
+def _ball_basis(grid: int, depths: int, bandwidth: int, radii: int = 4) -> np.ndarray:
+    """Harmonics times radial bumps at the cells of a ball: (depths·grid·grid, (L+1)²·radii), cells z-major."""
+    # The enclosing circle of the mask, which fills 0.9 of the crop, has radius 0.9 here.
+    centres = (np.arange(grid) + 0.5) / grid * 2 - 1
+    slabs = (np.arange(depths) + 0.5) / depths * 2 - 1
+    z, y, x = np.meshgrid(slabs, centres, centres, indexing="ij")
+    cells = np.stack([x, y, z], axis=-1).reshape(-1, 3)
+    radius = np.linalg.norm(cells, axis=1)
+    angular = spherical_harmonics(cells / np.maximum(radius, 1e-9)[:, None], bandwidth)
+    bump_centres = np.linspace(0.25, 1.0, radii)
+    radial = np.exp(-0.5 * ((radius[:, None] - bump_centres) / 0.15) ** 2) * (radius < 1.2)[:, None]
+    basis = (angular[:, :, None] * radial[:, None, :]).reshape(len(cells), -1)
+    # Unit columns: cells of unit variance give coefficients of unit variance, whatever the size of the shell.
+    return basis / np.linalg.norm(basis, axis=0, keepdims=True)
+
+
+class RotatedLatentNetwork(nn.Module):
+    """Crop → latent: (B, 4, S, S) in −1..1 (RGB black outside the mask, and the mask) → (B, (L+1)², channels)."""
+
+    basis: Tensor
+
+    def __init__(self, config: RotatedLatentConfig) -> None:
+        super().__init__()
+        self.config = config
+        w1, w2, w3 = config.widths
+        self.stem = nn.Sequential(
+            nn.Conv2d(4, w1, 8, stride=4, padding=2, bias=False), nn.BatchNorm2d(w1), nn.ReLU()
+        )
+        self.encode1 = nn.Sequential(_Block(w1), _Block(w1))
+        self.down2, self.encode2 = _down(w1, w2), nn.Sequential(_Block(w2), _Block(w2))
+        self.down3 = _down(w2, w3)
+        self.encode3 = nn.Sequential(
+            _Block(w3), _Block(w3), _Attention(w3, (config.crop_size // 16) ** 2), _Block(w3)
+        )
+        self.up2, self.decode2 = _Up(w3, w2, w2), _Block(w2)
+        self.up1 = _Up(w2, w1, w1 + w1 // 2)
+        self.lift = nn.Conv2d(w1 + w1 // 2, config.depths * config.lifted_channels, 1)
+        basis = _ball_basis(config.crop_size // 4, config.depths, config.bandwidth)
+        self.register_buffer("basis", torch.from_numpy(basis).float(), persistent=False)
+        self.radii = basis.shape[1] // (config.bandwidth + 1) ** 2
+        inner = config.lifted_channels * 2
+        self.mix = _PerDegree(config.bandwidth, config.lifted_channels * self.radii, inner)
+        self.blocks = nn.Sequential(*(_SphereBlock(config.bandwidth, inner) for _ in range(config.sphere_blocks)))
+        self.out = _PerDegree(config.bandwidth, inner, config.channels, gain=0.1)
+
+    def forward(self, crops: Tensor) -> Tensor:
+        x1 = self.encode1(self.stem(crops))
+        x2 = self.encode2(self.down2(x1))
+        x3 = self.encode3(self.down3(x2))
+        lifted = self.lift(self.up1(self.decode2(self.up2(x3, x2)), x1))
+        batch = len(lifted)
+        cells = lifted.reshape(batch, self.config.lifted_channels, -1)  # (B, C, depth·y·x)
+        # Each row: one channel's cells, read by every (harmonic, bump).
+        coefficients = torch.matmul(cells, self.basis.to(cells.dtype)).float()
+        coefficients = coefficients.reshape(batch, self.config.lifted_channels, -1, self.radii)
+        coefficients = coefficients.permute(0, 2, 1, 3).flatten(2)  # (B, (L+1)², C·radii)
+        latent: Tensor = self.out(self.blocks(self.mix(coefficients)))
+        return latent
+
+
+def turned(latents: Tensor, R: Tensor) -> Tensor:
+    """Latents (N or 1, (L+1)², C) as seen after the rotations R (N, 3, 3): this predictor's whole prediction."""
+    bandwidth = round(latents.shape[1] ** 0.5) - 1
+    return rotate(latents, wigner_d(R, bandwidth))
+
+
+def correlation(latents_query: Tensor, latents_reference: Tensor) -> Tensor:
+    """What two latents (B, (L+1)², C) say about every rotation at once: (B, Σ(2l+1)²).
+
+    Its scalar product with the flattened D_l(R) (see ``flatten_d``) is ⟨e_q, D(R) e_r⟩.
+    """
+    bandwidth = round(latents_query.shape[1] ** 0.5) - 1
+    return torch.cat(
+        [
+            torch.einsum("bmc,bnc->bmn", latents_query[:, s], latents_reference[:, s]).flatten(1)
+            for s in degree_slices(bandwidth)
+        ],
+        dim=1,
+    )
+
+
+def flatten_d(D: list[Tensor]) -> Tensor:
+    """D_l blocks (N, 2l+1, 2l+1) side by side: (N, Σ(2l+1)²)."""
+    return torch.cat([block.flatten(1) for block in D], dim=1)

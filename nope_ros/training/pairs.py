@@ -1,0 +1,139 @@
+"""Training batches: several views of each of several objects, every pair of views of one object being an example.
+
+Encoding costs nearly everything and scoring a pair next to nothing, so V views give V(V−1)/2 examples for the price of V.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+from nope_ros.training.augment import AugmentationConfig, training_view
+
+
+class DataConfig(BaseModel):
+    """Which renders a batch is made of."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    cache: str  # folder written by nope_ros.training.render_cache
+    objects_per_batch: int = 20
+    views_per_object: int = 6
+    mesh_share: float = 0.5  # of the objects in a batch; the rest are procedural
+    upright_share: float = 0.5  # of the objects have roll removed by gravity; the rest any roll
+    near_share: float = 0.75  # of the views are drawn within near_deg of the first view's direction
+    near_deg: float = 90.0
+    symmetric_weight: float = 0.3  # objects with an asymmetry below symmetric_below are drawn this much as often
+    symmetric_below: float = 0.007
+    validation_share: float = 0.08  # of the objects, by hash of their name
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Views (O, V, 4, S, S) uint8 with rotations R_virtual_object (O, V, 3, 3) float32."""
+
+    crops: Tensor
+    R_virtual_object: Tensor
+
+
+class RenderCache:
+    """Renders on disk, opened without reading them."""
+
+    def __init__(self, config: DataConfig) -> None:
+        folder = Path(config.cache)
+        self.images: NDArray[np.uint8] = np.load(folder / "images.npy", mmap_mode="r")
+        with np.load(folder / "views.npz", allow_pickle=False) as views:
+            self.R = views["R_camera_object"].astype(np.float64)
+            self.K = views["K"].astype(np.float64)
+            object_index = views["object_index"]
+        manifest = json.loads((folder / "manifest.json").read_text())
+        self.names: list[str] = [entry["name"] for entry in manifest["objects"]]
+        self.asymmetry = [entry.get("asymmetry") for entry in manifest["objects"]]
+        order = np.argsort(object_index, kind="stable")
+        starts = np.searchsorted(object_index[order], np.arange(len(self.names) + 1))
+        self.views = [order[a:b] for a, b in zip(starts[:-1], starts[1:], strict=True)]
+        self.directions = -np.einsum("nji,nj->ni", self.R, np.broadcast_to([0.0, 0.0, 1.0], (len(self.R), 3)))
+        # By name, not by position or random state: the split stays the same whatever else is in the cache.
+        fraction = np.array([zlib.crc32(name.encode()) / 2**32 for name in self.names])
+        self.held_out = fraction < config.validation_share
+        self.procedural = np.array([name.startswith("procedural") for name in self.names])
+
+
+class PairDataset(IterableDataset[Batch]):
+    """An endless stream of batches; the stream depends on the seed and the first batch's number alone."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        augmentation: AugmentationConfig | None,
+        size: int,
+        seed: int,
+        first_batch: int = 0,
+        validation: bool = False,
+    ) -> None:
+        self.config, self.augmentation, self.size = config, augmentation, size
+        self.seed, self.first_batch, self.validation = seed, first_batch, validation
+        self.cache = RenderCache(config)
+        cache = self.cache
+        weight = np.array(
+            [
+                config.symmetric_weight if value is not None and value < config.symmetric_below else 1.0
+                for value in cache.asymmetry
+            ]
+        )
+        weight *= (cache.held_out == validation) & np.array([len(views) >= config.views_per_object for views in cache.views])
+        share = np.zeros_like(weight)
+        for kind, part in ((cache.procedural, 1 - config.mesh_share), (~cache.procedural, config.mesh_share)):
+            total = (weight * kind).sum()
+            share += weight * kind * (part / total if total > 0 else 0)
+        self.probability = share / share.sum()
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = torch.utils.data.get_worker_info()
+        step, first = (worker.num_workers, worker.id) if worker else (1, 0)
+        number = self.first_batch + first
+        while True:
+            yield self.batch(np.random.default_rng((self.seed, int(self.validation), number)))
+            number += step
+
+    def batch(self, rng: np.random.Generator) -> Batch:
+        """One batch from one generator."""
+        count = self.config.objects_per_batch
+        chosen = rng.choice(len(self.probability), count, replace=False, p=self.probability)
+        views = [self._views(index, rng) for index in chosen]
+        crops = np.stack([[view.crop for view in row] for row in views])
+        rotations = np.stack([[view.R_virtual_object for view in row] for row in views])
+        return Batch(torch.from_numpy(crops), torch.from_numpy(rotations).float())
+
+    def _views(self, index: int, rng: np.random.Generator):  # type: ignore[no-untyped-def]
+        config, cache = self.config, self.cache
+        candidates = cache.views[index]
+        first = rng.integers(len(candidates))
+        cosine = cache.directions[candidates] @ cache.directions[candidates[first]]
+        near = cosine > np.cos(np.radians(config.near_deg))
+        weight = np.where(near, config.near_share / near.sum(), (1 - config.near_share) / max((~near).sum(), 1))
+        weight[first] = 0
+        rest = rng.choice(len(candidates), config.views_per_object - 1, replace=False, p=weight / weight.sum())
+        upright = rng.random() < config.upright_share
+        return [
+            training_view(
+                np.asarray(cache.images[view]),
+                cache.R[view],
+                cache.K[view],
+                size=self.size,
+                roll=None if upright else float(rng.uniform(-np.pi, np.pi)),
+                config=self.augmentation,
+                rng=rng,
+            )
+            for view in candidates[[first, *rest]]
+        ]

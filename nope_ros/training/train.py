@@ -1,0 +1,248 @@
+"""Learn the weights of the rotated latent: ``nope-ros train CONFIG``.
+
+Training is bounded by wall-clock time, not by steps: the learning rate follows the share of the budget that is spent, so
+that a run on a slow machine ends as well-annealed as one on a fast machine. A run resumes from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from accelerate import Accelerator
+from pydantic import BaseModel, ConfigDict
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
+
+from nope_ros.models.rotated_latent import RotatedLatentConfig, RotatedLatentNetwork
+from nope_ros.rotations import geodesic_distance
+from nope_ros.training.augment import AugmentationConfig
+from nope_ros.training.likelihood import Candidates, candidates, pose_loss
+from nope_ros.training.pairs import Batch, DataConfig, PairDataset
+
+
+class TrainingConfig(BaseModel):
+    """Everything a run depends on, besides the renders."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    data: DataConfig
+    augmentation: AugmentationConfig = AugmentationConfig()
+    network: dict[str, int | list[int]] = {}
+    seed: int = 0
+    budget_minutes: float = 120
+    learning_rate: float = 2e-3
+    warmup_steps: int = 200
+    weight_decay: float = 0.05
+    ema_decay: float = 0.998
+    sigma_deg: float = 5.0
+    candidate_sets: int = 8
+    validate_minutes: float = 10
+    validation_batches: int = 12
+    workers: int = 1
+    threads: int = 1
+
+    @property
+    def network_config(self) -> RotatedLatentConfig:
+        """The network's sizes."""
+        values = {key: tuple(value) if isinstance(value, list) else value for key, value in self.network.items()}
+        return RotatedLatentConfig(**values)  # type: ignore[arg-type]
+
+
+class _Learner(nn.Module):
+    """The network and the temperature, which are learned together."""
+
+    def __init__(self, config: RotatedLatentConfig) -> None:
+        super().__init__()
+        self.network = RotatedLatentNetwork(config)
+        self.log_scale = nn.Parameter(torch.tensor(0.0))
+
+    def forward(self, crops: Tensor) -> Tensor:
+        latents: Tensor = self.network(crops)
+        return latents
+
+
+def _pairs(views: int) -> tuple[Tensor, Tensor]:
+    first, second = torch.triu_indices(views, views, offset=1)
+    return first, second
+
+
+def _prepare(crops: Tensor) -> Tensor:
+    flat = crops.flatten(0, 1).float() / 127.5 - 1
+    return flat.contiguous(memory_format=torch.channels_last)
+
+
+def batch_loss(
+    model: nn.Module, scale: Tensor, batch: Batch, samples: Candidates, identity_weight: float = 0.05
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean loss of all pairs of a batch; the logits (P, N) and rotations (P, 3, 3) of the pairs."""
+    objects, views = batch.crops.shape[:2]
+    latents = model(_prepare(batch.crops)).float().unflatten(0, (objects, views))
+    first, second = _pairs(views)
+    reference, query = latents[:, first].flatten(0, 1), latents[:, second].flatten(0, 1)
+    R_reference, R_query = batch.R_virtual_object[:, first].flatten(0, 1), batch.R_virtual_object[:, second].flatten(0, 1)
+    delta_R = R_query @ R_reference.mT
+    loss, logits = pose_loss(query, reference, delta_R, scale, samples)
+    # Degree 0 does not turn, so the pose says nothing about it: it learns which object this is.
+    embedding = nn.functional.normalize(latents[:, :, 0].flatten(0, 1), dim=-1)
+    label = torch.arange(objects).repeat_interleave(views).to(embedding.device)
+    same = label[:, None] == label[None]
+    similarity = (embedding @ embedding.mT) / 0.1
+    others = ~torch.eye(len(label), dtype=torch.bool, device=embedding.device)
+    log_share = similarity - torch.logsumexp(similarity.masked_fill(~others, -1e4), dim=1, keepdim=True)
+    identity = -(log_share * (same & others)).sum(1) / (same & others).sum(1)
+    return loss.mean() + identity_weight * identity.mean(), logits, delta_R
+
+
+@torch.inference_mode()
+def validate(model: nn.Module, scale: Tensor, batches: list[Batch], samples: Candidates) -> dict[str, float]:
+    """Loss and accuracy on held-out objects: each pair against a grid over all rotations (no prior)."""
+    model.eval()
+    losses, errors, overlap = [], [], []
+    angle_of = None
+    for batch in batches:
+        loss, logits, delta_R = batch_loss(model, scale, batch, samples, identity_weight=0.0)
+        if angle_of is None:
+            # Candidate 0.. are rotations left-multiplied to the truth; their angle is the error of choosing them.
+            angle_of = samples_angle(samples)
+        errors.append(angle_of[logits.argmax(1).cpu().numpy()])
+        losses.append(loss.item())
+        z = torch.eye(3)[2]
+        first, second = _pairs(batch.crops.shape[1])
+        R = batch.R_virtual_object
+        cosine = torch.einsum("opij,opij->op", (R[:, first] * z[:, None]), (R[:, second] * z[:, None]))
+        overlap.append((cosine > 0).flatten().cpu().numpy())
+    model.train()
+    error, near = np.degrees(np.concatenate(errors)), np.concatenate(overlap)
+    return {
+        "loss": float(np.mean(losses)),
+        "acc30": float((error < 30).mean() * 100),
+        "median_deg": float(np.median(error)),
+        "acc30_within_90": float((error[near] < 30).mean() * 100),
+        "median_deg_within_90": float(np.median(error[near])),
+    }
+
+
+def samples_angle(samples: Candidates) -> np.ndarray:
+    """Angle (N,) of each candidate from the identity, radians: degree 1 of D is the rotation itself."""
+    trace = samples.D[:, 1:10].reshape(-1, 3, 3).diagonal(dim1=1, dim2=2).sum(1)
+    return np.arccos(np.clip((trace.numpy() - 1) / 2, -1, 1))
+
+
+def _log(folder: Path, row: dict[str, float]) -> None:
+    with (folder / "log.jsonl").open("a") as file:
+        file.write(json.dumps({key: round(value, 5) for key, value in row.items()}) + "\n")
+    print("  ".join(f"{key} {value:.5g}" for key, value in row.items()), flush=True)
+
+
+def train(config_path: Path, out: Path, overrides: dict[str, object] | None = None) -> None:
+    """Train until the budget is spent, resuming from ``out`` if it holds a checkpoint.
+
+    Args:
+        config_path: YAML of a TrainingConfig.
+        out: folder for checkpoint, log and EMA weights.
+        overrides: values that replace the file's, such as ``budget_minutes``.
+    """
+    config = TrainingConfig.model_validate({**yaml.safe_load(config_path.read_text()), **(overrides or {})})
+    torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    out.mkdir(parents=True, exist_ok=True)
+    accelerator = Accelerator(mixed_precision="bf16", cpu=not torch.cuda.is_available())
+    network_config = config.network_config
+    learner = _Learner(network_config).to(memory_format=torch.channels_last)
+    decay = [p for p in learner.parameters() if p.ndim > 1]
+    rest = [p for p in learner.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}],
+        lr=config.learning_rate,
+        betas=(0.9, 0.98),
+    )
+    average = AveragedModel(learner, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)
+    step, spent = 0, 0.0
+    checkpoint = out / "checkpoint.safetensors"
+    if checkpoint.exists():
+        step, spent = _load(checkpoint, learner, average, optimizer)
+        print(f"resumed after {step} steps, {spent / 60:.1f} minutes")
+    dataset = PairDataset(config.data, config.augmentation, network_config.crop_size, config.seed, first_batch=step)
+    loader = DataLoader(dataset, batch_size=None, num_workers=config.workers, prefetch_factor=4 if config.workers else None)
+    held_out = PairDataset(config.data, config.augmentation, network_config.crop_size, config.seed, validation=True)
+    validation = [held_out.batch(np.random.default_rng((1, n))) for n in range(config.validation_batches)]
+    sets = [candidates(network_config.bandwidth, config.sigma_deg, seed) for seed in range(config.candidate_sets)]
+    learner, optimizer = accelerator.prepare(learner, optimizer)
+    sets = [Candidates(*(getattr(s, f).to(accelerator.device) for f in ("D", "log_weight", "target"))) for s in sets]
+
+    budget, last = config.budget_minutes * 60, time.monotonic()
+    next_validation = spent + config.validate_minutes * 60
+    running: list[float] = []
+    learner.train()
+    for batch in loader:
+        share = min(spent / budget, 1.0)
+        rate = config.learning_rate * min(1.0, (step + 1) / config.warmup_steps) * 0.5 * (1 + np.cos(np.pi * share))
+        for group in optimizer.param_groups:
+            group["lr"] = max(rate, 1e-6)
+        batch = Batch(batch.crops.to(accelerator.device), batch.R_virtual_object.to(accelerator.device))
+        bare = accelerator.unwrap_model(learner)
+        with accelerator.autocast():
+            loss, _, _ = batch_loss(learner, bare.log_scale.exp(), batch, sets[step % len(sets)])
+        optimizer.zero_grad(set_to_none=True)
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(learner.parameters(), 1.0)
+        optimizer.step()
+        average.update_parameters(bare)
+        step += 1
+        running.append(loss.item())
+        now = time.monotonic()
+        spent, last = spent + now - last, now
+        if step % 20 == 0 and accelerator.is_main_process:
+            _log(out, {"step": step, "minutes": spent / 60, "left": (budget - spent) / 60,
+                       "loss": float(np.mean(running)), "rate": rate, "scale": bare.log_scale.exp().item()})
+            running.clear()
+        done = spent >= budget
+        if accelerator.is_main_process and (done or spent >= next_validation):
+            next_validation = spent + config.validate_minutes * 60
+            _save(checkpoint, learner=bare, average=average, optimizer=optimizer, step=step, spent=spent)
+            with accelerator.autocast():
+                scale = average.module.log_scale.exp()
+                row = validate(average.module, scale, validation, sets[0])
+            _log(out, {"step": step, "minutes": spent / 60, **{f"val_{k}": v for k, v in row.items()}})
+            last = time.monotonic()  # validation is not training time
+        if done:
+            break
+
+
+def _save(
+    path: Path, *, learner: nn.Module, average: AveragedModel, optimizer: torch.optim.Optimizer, step: int, spent: float
+) -> None:
+    state = {f"learner.{k}": v for k, v in learner.state_dict().items()}
+    state |= {f"average.{k}": v for k, v in average.state_dict().items()}
+    for index, moments in optimizer.state_dict()["state"].items():
+        state |= {f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in moments.items()}
+    temporary = path.with_suffix(".partial")
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in state.items()}
+    save_file(tensors, temporary, metadata={"step": str(step), "spent": str(spent)})
+    temporary.replace(path)
+
+
+def _load(
+    path: Path, learner: nn.Module, average: AveragedModel, optimizer: torch.optim.Optimizer
+) -> tuple[int, float]:
+    from safetensors import safe_open
+
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    learner.load_state_dict({k[8:]: v for k, v in tensors.items() if k.startswith("learner.")})
+    average.load_state_dict({k[8:]: v for k, v in tensors.items() if k.startswith("average.")})
+    moments: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            _, index, name = key.split(".")
+            moments.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    return int(metadata["step"]), float(metadata["spent"])
