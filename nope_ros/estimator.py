@@ -1,0 +1,288 @@
+"""The walk of one frame, for library users: register an object from one image, estimate its pose in others."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nope_ros.crop import Crop, virtual_crop
+from nope_ros.distribution import RotationDistribution
+from nope_ros.frame import Camera, Frame, InputError
+from nope_ros.latent import Predictor, load_predictor
+from nope_ros.match import TemplateBank
+from nope_ros.pose import PoseEstimate, ReferencePose, pose_estimate
+from nope_ros.prior import Prior, free_rotations, log_prior, resolve, upright_rotations
+
+Array = NDArray[np.float64]
+
+_FREE_SPACING = float(np.radians(15))
+_UPRIGHT_SPACING = float(np.radians(8))
+
+
+@dataclass(frozen=True)
+class RegisteredObject:
+    """An object and what it will look like from everywhere.
+
+    Attributes:
+        object_id: its name.
+        predictor: what predicts its templates.
+        latent: (D,) of the reference view.
+        reference: its pose at registration.
+        R_virtual_camera: (3, 3) of the reference crop.
+        gravity_virtual: (3,) gravity in the reference's virtual camera, or None if it was not known.
+        thumbnail: (S, S, 3) uint8 RGB, the reference crop.
+        batch_size: templates predicted at a time.
+    """
+
+    object_id: str
+    predictor: Predictor
+    latent: Tensor
+    reference: ReferencePose
+    R_virtual_camera: Array
+    gravity_virtual: Array | None
+    thumbnail: NDArray[np.uint8]
+    batch_size: int = 1024
+
+    @property
+    def gravity_known(self) -> bool:
+        """Whether the priors that need gravity can be used."""
+        return self.gravity_virtual is not None
+
+    @property
+    def metric(self) -> bool:
+        """Whether translations are metres."""
+        return self.reference.metric
+
+    @cached_property
+    def free_bank(self) -> TemplateBank:
+        """Templates for any rotation; predicted when first asked for, as an object with gravity may never need them."""
+        return TemplateBank.predict(self.predictor, self.latent, free_rotations(), self.batch_size)
+
+    @cached_property
+    def upright_bank(self) -> TemplateBank:
+        """Templates for the viewpoints of an object that keeps its up axis."""
+        if self.gravity_virtual is None:
+            raise InputError(f"object '{self.object_id}' was registered without gravity")
+        rotations = upright_rotations(self.gravity_virtual)
+        return TemplateBank.predict(self.predictor, self.latent, rotations, self.batch_size)
+
+    @property
+    def template_count(self) -> int:
+        """Templates predicted at registration."""
+        return len((self.upright_bank if self.gravity_known else self.free_bank).rotations)
+
+    def distribution(self, latent: Tensor, crop: Crop, gravity_virtual: Array | None, prior: Prior) -> tuple[
+        RotationDistribution, float
+    ]:
+        """The distribution of delta_R in camera axes given a query's latent (D,), and the best template's similarity."""
+        if prior == "free":
+            bank, weights, spacing = self.free_bank, None, _FREE_SPACING
+        else:
+            bank, weights, spacing = self.upright_bank, log_prior(prior, gravity_virtual), _UPRIGHT_SPACING
+        match = bank.match(latent, self.predictor.temperature)
+        seen = RotationDistribution.from_log_likelihood(bank.rotations, match.log_likelihood, weights, spacing)
+        # From virtual cameras (allocentric) back to the real ones (egocentric).
+        egocentric = seen.transformed(crop.R_virtual_camera.T, self.R_virtual_camera)
+        return egocentric, float(match.similarity[np.argmax(seen.probabilities)])
+
+
+class PoseEstimator:
+    """Registers objects and estimates their poses. Calls may come from several threads.
+
+    Example:
+        >>> estimator = PoseEstimator.from_pretrained()
+        >>> mug = estimator.register(image, mask, K, object_id="mug", reference_distance=0.6)
+        >>> pose = estimator.estimate(next_image, next_mask, K, mug)
+        >>> pose.R_camera_object, pose.t_camera_object, pose.confidence
+    """
+
+    def __init__(self, predictor: Predictor, batch_size: int = 1024) -> None:
+        self.predictor = predictor
+        self.batch_size = batch_size
+        self._last: RegisteredObject | None = None
+        # A network is one set of buffers on one device: two encodings at once would only slow each other down.
+        self._encoding = threading.Lock()
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path | None = None, *, device: str = "auto", batch_size: int = 1024
+    ) -> PoseEstimator:
+        """Load weights: the packaged ones, or a folder or cached hub name.
+
+        Args:
+            path: folder with config.json and model.safetensors, or ``organisation/name`` in the user's hub cache.
+            device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", ...
+            batch_size: most templates predicted at a time, which bounds memory.
+
+        Raises:
+            WeightsError: if they are missing, damaged or of another version.
+        """
+        return cls(load_predictor(path, device=device), batch_size)
+
+    @property
+    def device(self) -> str:
+        """Where the network runs."""
+        return str(self.predictor.device)
+
+    @property
+    def model_name(self) -> str:
+        """Name of the predictor."""
+        return self.predictor.name
+
+    def register(
+        self,
+        image: NDArray[np.uint8],
+        mask: NDArray[np.generic],
+        K: Array | Camera,
+        *,
+        object_id: str = "object",
+        depth: NDArray[np.generic] | None = None,
+        reference_distance: float | None = None,
+        object_diameter: float | None = None,
+        R_camera_object: Array | None = None,
+        t_camera_object: Array | None = None,
+        gravity_camera: Array | None = None,
+    ) -> RegisteredObject:
+        """Register an object from one view.
+
+        Args:
+            image: (H, W, 3) uint8 RGB.
+            mask: (H, W), anything above zero is the object.
+            K: (3, 3) intrinsics of an undistorted image, or a Camera with distortion.
+            object_id: its name.
+            depth: (H, W) metres; gives metric scale.
+            reference_distance: metres from the camera to the object's centre; gives metric scale.
+            object_diameter: metres; gives metric scale.
+            R_camera_object: (3, 3) the object frame's orientation in this view; the camera's own axes by default.
+            t_camera_object: (3,) metres, the object frame's origin in this view; the object's centre by default.
+            gravity_camera: (3,) direction of gravity (down) in camera axes; allows the priors that need it.
+
+        Raises:
+            InputError: naming what does not fit.
+        """
+        frame = Frame.from_arrays(image, mask, K, depth)
+        return self.register_frame(
+            frame,
+            object_id=object_id,
+            reference_distance=reference_distance,
+            object_diameter=object_diameter,
+            R_camera_object=R_camera_object,
+            t_camera_object=t_camera_object,
+            gravity_camera=gravity_camera,
+        )
+
+    def register_frame(
+        self,
+        frame: Frame,
+        *,
+        object_id: str = "object",
+        reference_distance: float | None = None,
+        object_diameter: float | None = None,
+        R_camera_object: Array | None = None,
+        t_camera_object: Array | None = None,
+        gravity_camera: Array | None = None,
+    ) -> RegisteredObject:
+        """As ``register``, from a Frame."""
+        gravity = checked_gravity(gravity_camera)
+        crop = virtual_crop(frame, self.predictor.crop_size, gravity)
+        registered = RegisteredObject(
+            object_id=object_id,
+            predictor=self.predictor,
+            latent=self.encode([crop])[0],
+            reference=ReferencePose.from_crop(
+                crop,
+                frame,
+                reference_distance=reference_distance,
+                object_diameter=object_diameter,
+                R_camera_object=R_camera_object,
+                t_camera_object=t_camera_object,
+            ),
+            R_virtual_camera=crop.R_virtual_camera,
+            gravity_virtual=None if gravity is None else crop.R_virtual_camera @ gravity,
+            thumbnail=crop.image,
+            batch_size=self.batch_size,
+        )
+        _ = registered.template_count  # predicts the bank that queries will ask for first
+        self._last = registered
+        return registered
+
+    def estimate(
+        self,
+        image: NDArray[np.uint8],
+        mask: NDArray[np.generic],
+        K: Array | Camera,
+        registered: RegisteredObject | None = None,
+        *,
+        prior: Prior | None = None,
+        gravity_camera: Array | None = None,
+    ) -> PoseEstimate:
+        """Estimate an object's pose in one image.
+
+        Args:
+            image: (H, W, 3) uint8 RGB.
+            mask: (H, W), anything above zero is the object.
+            K: (3, 3) intrinsics of an undistorted image, or a Camera with distortion.
+            registered: the object; the one registered last by default.
+            prior: what to assume (see ``nope_ros.prior``); by default the strongest that gravity allows.
+            gravity_camera: (3,) direction of gravity (down) in camera axes.
+
+        Raises:
+            InputError: naming what does not fit.
+        """
+        registered = registered or self._last
+        if registered is None:
+            raise InputError("no object is registered; call register() first")
+        frame = Frame.from_arrays(image, mask, K)
+        return self.estimate_frame(frame, [registered], prior=prior, gravity_camera=gravity_camera)[0]
+
+    def estimate_frame(
+        self,
+        frame: Frame,
+        objects: Sequence[RegisteredObject],
+        *,
+        prior: Prior | None = None,
+        gravity_camera: Array | None = None,
+    ) -> list[PoseEstimate]:
+        """The pose each of several objects would have in this frame, the frame being encoded once."""
+        gravity = checked_gravity(gravity_camera)
+        crop = virtual_crop(frame, self.predictor.crop_size, gravity)
+        latent = self.encode([crop])[0]
+        gravity_virtual = None if gravity is None else crop.R_virtual_camera @ gravity
+        estimates = []
+        for registered in objects:
+            used = resolve(prior, registered.gravity_known, gravity is not None)
+            distribution, similarity = registered.distribution(latent, crop, gravity_virtual, used)
+            estimates.append(
+                pose_estimate(
+                    registered.object_id, registered.reference, crop, distribution, similarity, used, frame.touches_border
+                )
+            )
+        return estimates
+
+    def encode(self, crops: Sequence[Crop]) -> Tensor:
+        """Latents (B, D) of crops."""
+        with self._encoding, torch.inference_mode():
+            return self.predictor.encode(crops)
+
+
+def checked_gravity(gravity_camera: Array | None) -> Array | None:
+    """Gravity as a unit vector, or None.
+
+    Raises:
+        InputError: if it is not three finite numbers, or zero.
+    """
+    if gravity_camera is None:
+        return None
+    gravity = np.asarray(gravity_camera, dtype=np.float64)
+    length = float(np.linalg.norm(gravity))
+    if gravity.shape != (3,) or not np.isfinite(length) or length < 1e-6:
+        raise InputError(f"gravity_camera: {gravity_camera} is not a direction; give 3 numbers pointing down, or None")
+    return gravity / length

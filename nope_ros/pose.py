@@ -1,0 +1,228 @@
+"""The sixth stop: from a rotation distribution to a pose in the camera, with its covariance."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nope_ros.crop import Crop
+from nope_ros.distribution import Ambiguity, RotationDistribution
+from nope_ros.frame import Frame, InputError
+from nope_ros.prior import Prior
+
+Array = NDArray[np.float64]
+
+# Standard deviations, measured on renders of training objects (nope_ros.evaluation): how far the enclosing circle of an outline
+# misleads about the object when it is seen from elsewhere, relative to the circle's radius. They grow with the rotation.
+_SIZE_SIGMA = 0.10
+_CENTRE_SIGMA = 0.09
+_SATURATION = np.radians(60)
+# Error of a mask's outline, pixels.
+_OUTLINE_SIGMA = 1.5
+
+
+@dataclass(frozen=True)
+class PoseMode:
+    """One of the poses that explain the image: rotation (3, 3), translation (3,), probability mass."""
+
+    R_camera_object: Array
+    t_camera_object: Array
+    probability: float
+
+
+@dataclass(frozen=True)
+class PoseEstimate:
+    """Where an object is, in camera optical axes.
+
+    Attributes:
+        object_id: the registered object's name.
+        R_camera_object: (3, 3).
+        t_camera_object: (3,), metres if ``metric``, else in units of the reference distance.
+        metric: whether the scale is known.
+        delta_R: (3, 3) rotation relative to the reference, R_query R_referenceᵀ in camera axes.
+        covariance: (6, 6): x, y, z, then the rotation vector of R R̂ᵀ, about the camera's fixed axes.
+        distribution: over delta_R.
+        orientations: (N, 3, 3) R_camera_object for each rotation of the distribution.
+        modes: most probable first.
+        similarity: cosine of the query's latent and the best template.
+        prior: what was assumed of gravity.
+        truncated: whether the mask reaches the image border.
+    """
+
+    object_id: str
+    R_camera_object: Array
+    t_camera_object: Array
+    metric: bool
+    delta_R: Array
+    covariance: Array
+    distribution: RotationDistribution
+    orientations: Array
+    modes: tuple[PoseMode, ...]
+    similarity: float
+    prior: Prior
+    truncated: bool
+
+    @property
+    def confidence(self) -> float:
+        """Probability that the rotation is within 30° of the mode."""
+        return self.distribution.confidence
+
+    @property
+    def ambiguity(self) -> Ambiguity:
+        """The kind of answer the distribution is."""
+        return self.distribution.ambiguity
+
+
+@dataclass(frozen=True)
+class ReferencePose:
+    """The object at registration.
+
+    Attributes:
+        R_camera_object: (3, 3).
+        t_camera_object: (3,) of the object frame's origin.
+        distance: from the camera to the centre of the mask's circle, along the virtual camera's axis.
+        angular_radius: tangent of half the angle under which the circle was seen.
+        offset_object: (3,) from the circle's centre to the origin, object frame.
+        metric: whether lengths are metres (else the reference distance is one).
+    """
+
+    R_camera_object: Array
+    t_camera_object: Array
+    distance: float
+    angular_radius: float
+    offset_object: Array
+    metric: bool
+
+    @classmethod
+    def from_crop(
+        cls,
+        crop: Crop,
+        frame: Frame,
+        *,
+        reference_distance: float | None = None,
+        object_diameter: float | None = None,
+        R_camera_object: Array | None = None,
+        t_camera_object: Array | None = None,
+    ) -> ReferencePose:
+        """Place the object at registration.
+
+        Distance comes from the first that is given: the reference pose's translation, ``reference_distance`` (metres
+        from the camera to the object's centre), ``object_diameter`` (metres), depth; else it is one, and not metric.
+
+        Raises:
+            InputError: if a length is not positive, or the pose is not a rotation or lies behind the camera.
+        """
+        for name, value in (("reference_distance", reference_distance), ("object_diameter", object_diameter)):
+            if value is not None and not (np.isfinite(value) and value > 0):
+                raise InputError(f"{name}: {value} m is not a positive length; leave it out if it is unknown")
+        R = np.eye(3) if R_camera_object is None else np.asarray(R_camera_object, dtype=np.float64)
+        if R.shape != (3, 3) or not np.allclose(R @ R.T, np.eye(3), atol=1e-4) or np.linalg.det(R) < 0:
+            raise InputError("reference pose: R_camera_object is not a rotation matrix")
+        axis = crop.R_virtual_camera[2]  # the virtual camera's optical axis in camera axes
+        distance, metric = 1.0, True
+        if t_camera_object is not None:
+            t = np.asarray(t_camera_object, dtype=np.float64)
+            distance = float(axis @ t)
+            if t.shape != (3,) or not np.isfinite(t).all() or distance <= 0:
+                raise InputError("reference pose: t_camera_object must be 3 finite numbers, in front of the camera")
+        elif reference_distance is not None:
+            distance = float(reference_distance)
+        elif object_diameter is not None:
+            distance = float(object_diameter) / (2 * crop.angular_radius)
+        elif frame.depth is not None:
+            distance = distance_from_depth(frame, crop)
+        else:
+            metric = False
+        centre = distance * axis
+        origin = centre if t_camera_object is None else np.asarray(t_camera_object, dtype=np.float64)
+        return cls(R, origin, distance, crop.angular_radius, R.T @ (origin - centre), metric)
+
+
+def distance_from_depth(frame: Frame, crop: Crop) -> float:
+    """Distance of the object's centre: median depth inside the mask, and half the object's radius behind that surface.
+
+    Raises:
+        InputError: if less than a tenth of the mask has depth.
+    """
+    assert frame.depth is not None
+    y, x = np.nonzero(frame.mask & np.isfinite(frame.depth))
+    if len(y) < 0.1 * frame.mask.sum():
+        raise InputError("depth: less than a tenth of the mask has depth; register without depth or move the object")
+    rays = np.column_stack([x, y, np.ones(len(x))]) @ np.linalg.inv(frame.camera.K).T
+    along = (rays * frame.depth[y, x, None]) @ crop.R_virtual_camera[2]
+    return float(np.median(along) / (1 - 0.5 * crop.angular_radius))
+
+
+def projective_distance(reference: ReferencePose, crop: Crop) -> float:
+    """Distance of the circle's centre by how much smaller it looks than at registration (NOPE, Sec. 3.5).
+
+    Angles instead of pixels, so both cameras' intrinsics are in it; a circle instead of a box's diagonal, because a box
+    changes with in-plane rotation.
+    """
+    return reference.distance * reference.angular_radius / crop.angular_radius
+
+
+def pose_estimate(
+    object_id: str,
+    reference: ReferencePose,
+    crop: Crop,
+    distribution: RotationDistribution,
+    similarity: float,
+    prior: Prior,
+    truncated: bool,
+) -> PoseEstimate:
+    """Put rotation, translation and their spread together.
+
+    Args:
+        object_id: the registered object's name.
+        reference: the object at registration.
+        crop: of the query.
+        distribution: over delta_R, in camera axes.
+        similarity: cosine of query and best template.
+        prior: the one used.
+        truncated: whether the query's mask reaches the image border.
+    """
+    axis = crop.R_virtual_camera[2]
+    distance = projective_distance(reference, crop)
+    centre = distance * axis
+    modes = []
+    for mode in distribution.modes:
+        R = mode.R @ reference.R_camera_object
+        modes.append(PoseMode(R, centre + R @ reference.offset_object, mode.probability))
+    delta_R = distribution.mode.R
+    best = modes[0]
+
+    # How far the outline may mislead: not at all when nothing turned, fully beyond 60°. In-plane rotation does not change
+    # an outline, so only the turn of the viewing direction counts.
+    turn = np.arccos(np.clip((crop.R_virtual_camera @ delta_R @ crop.R_virtual_camera.T)[2, 2], -1, 1))
+    share = min(turn / _SATURATION, 1.0)
+    radius_px = crop.angular_radius * crop.K_virtual[0, 0]
+    outline = _OUTLINE_SIGMA / max(radius_px, 1.0)
+    sigma_distance = distance * np.hypot(_SIZE_SIGMA * share, outline)
+    sigma_centre = distance * crop.angular_radius * np.hypot(_CENTRE_SIGMA * share, outline)
+    covariance = np.zeros((6, 6))
+    along = np.outer(axis, axis)
+    covariance[:3, :3] = sigma_distance**2 * along + sigma_centre**2 * (np.eye(3) - along)
+    covariance[3:, 3:] = distribution.covariance
+    # An origin away from the circle's centre moves when the rotation errs: δt = ω × (R o) = −[R o]ₓ ω.
+    x, y, z = best.R_camera_object @ reference.offset_object
+    lever = -np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
+    covariance[:3, 3:] = lever @ covariance[3:, 3:]
+    covariance[3:, :3] = covariance[:3, 3:].T
+    covariance[:3, :3] += lever @ covariance[3:, 3:] @ lever.T
+    return PoseEstimate(
+        object_id=object_id,
+        R_camera_object=best.R_camera_object,
+        t_camera_object=best.t_camera_object,
+        metric=reference.metric,
+        delta_R=delta_R,
+        covariance=covariance,
+        distribution=distribution,
+        orientations=distribution.rotations @ reference.R_camera_object,
+        modes=tuple(modes),
+        similarity=similarity,
+        prior=prior,
+        truncated=truncated,
+    )

@@ -1,0 +1,183 @@
+"""Registered objects on disk: what is needed to predict their templates again, one file each, written atomically.
+
+A template bank is tens of megabytes and takes a fraction of a second to predict, a reference latent is a few kilobytes:
+only the latter is kept.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from nope_ros.estimator import RegisteredObject
+from nope_ros.frame import InputError
+from nope_ros.latent import Predictor
+from nope_ros.pose import ReferencePose
+
+_FORMAT_VERSION = "1"
+_SUFFIX = ".object.safetensors"
+_SAFE_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,62}")
+# An object takes kilobytes; a larger file is not one of ours and is not read into memory.
+_LARGEST_FILE = 64 * 2**20
+
+
+class StoreError(InputError):
+    """An object could not be written or read."""
+
+
+def check_object_id(object_id: str) -> str:
+    """Refuse names that are unsafe in a file, a topic or a TF frame.
+
+    Raises:
+        InputError: saying what is allowed.
+    """
+    if not _SAFE_ID.fullmatch(object_id):
+        shown = object_id if len(object_id) <= 40 else object_id[:40] + "…"
+        raise InputError(
+            f"object_id: {shown!r} is not allowed; use 1 to 63 letters, digits, '_', '.' or '-', "
+            "starting with a letter, digit or '_'"
+        )
+    return object_id
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """Objects that were read, and a line for each file that could not be."""
+
+    objects: tuple[RegisteredObject, ...]
+    problems: tuple[str, ...]
+
+
+class ObjectStore:
+    """A folder with one file for each registered object.
+
+    Raises:
+        StoreError: if the folder cannot be made.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder).expanduser()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(f"storage: {self.folder} cannot be made ({error.strerror}); choose another folder") from None
+
+    def _path(self, object_id: str) -> Path:
+        return self.folder / (check_object_id(object_id) + _SUFFIX)
+
+    def save(self, registered: RegisteredObject) -> None:
+        """Write an object, whole or not at all, replacing an older one of its name.
+
+        Raises:
+            StoreError: if the disk is full or the folder is read-only; an older file is then untouched.
+        """
+        path = self._path(registered.object_id)
+        reference = registered.reference
+        tensors = {
+            "latent": registered.latent.detach().float().cpu().contiguous(),
+            "R_virtual_camera": torch.from_numpy(registered.R_virtual_camera.copy()),
+            "R_camera_object": torch.from_numpy(reference.R_camera_object.copy()),
+            "t_camera_object": torch.from_numpy(reference.t_camera_object.copy()),
+            "offset_object": torch.from_numpy(reference.offset_object.copy()),
+            "thumbnail": torch.from_numpy(registered.thumbnail.copy()),
+        }
+        if registered.gravity_virtual is not None:
+            tensors["gravity_virtual"] = torch.from_numpy(registered.gravity_virtual.copy())
+        metadata = {
+            "format": _FORMAT_VERSION,
+            "object_id": registered.object_id,
+            "predictor": registered.predictor.identity,
+            "scale": json.dumps([reference.distance, reference.angular_radius, reference.metric]),
+        }
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            with temporary.open("wb") as file:
+                file.write(save(tensors, metadata))
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            _sync_folder(self.folder)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise StoreError(
+                f"storage: object '{registered.object_id}' could not be written to {self.folder} ({error.strerror}); "
+                "it is registered, but will be gone after a restart: free the disk or choose another folder, then "
+                "register it again"
+            ) from None
+
+    def delete(self, object_id: str) -> None:
+        """Remove an object's file, if there is one.
+
+        Raises:
+            StoreError: if it cannot be removed.
+        """
+        try:
+            self._path(object_id).unlink(missing_ok=True)
+            _sync_folder(self.folder)
+        except OSError as error:
+            raise StoreError(f"storage: '{object_id}' could not be removed from {self.folder} ({error.strerror})") from None
+
+    def load_all(self, predictor: Predictor, batch_size: int = 1024) -> LoadReport:
+        """Read every object; a damaged file, or one made with other weights, is reported and left where it is."""
+        objects, problems = [], []
+        for path in sorted(self.folder.glob("[!.]*" + _SUFFIX)):
+            try:
+                objects.append(self._load(path, predictor, batch_size))
+            except StoreError as error:
+                problems.append(str(error))
+        return LoadReport(tuple(objects), tuple(problems))
+
+    def _load(self, path: Path, predictor: Predictor, batch_size: int) -> RegisteredObject:
+        try:
+            if path.stat().st_size > _LARGEST_FILE:
+                raise StoreError(f"storage: {path} is too large to be a registered object; remove it")
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+        except (SafetensorError, OSError) as error:
+            raise StoreError(f"storage: {path} is damaged ({error}); register the object again") from None
+        if metadata.get("format") != _FORMAT_VERSION:
+            raise StoreError(f"storage: {path} has format {metadata.get('format')}, this version reads {_FORMAT_VERSION}")
+        if metadata.get("predictor") != predictor.identity:
+            raise StoreError(f"storage: {path} was registered with other weights; register the object again")
+        try:
+            distance, angular_radius, metric = json.loads(metadata["scale"])
+            arrays = {key: value.numpy() for key, value in tensors.items() if key != "latent"}
+            thumbnail: NDArray[np.uint8] = arrays["thumbnail"]
+            return RegisteredObject(
+                object_id=check_object_id(metadata["object_id"]),
+                predictor=predictor,
+                latent=tensors["latent"].to(predictor.device),
+                reference=ReferencePose(
+                    arrays["R_camera_object"],
+                    arrays["t_camera_object"],
+                    float(distance),
+                    float(angular_radius),
+                    arrays["offset_object"],
+                    bool(metric),
+                ),
+                R_virtual_camera=arrays["R_virtual_camera"],
+                gravity_virtual=arrays.get("gravity_virtual"),
+                thumbnail=thumbnail,
+                batch_size=batch_size,
+            )
+        except (KeyError, ValueError) as error:
+            raise StoreError(f"storage: {path} is incomplete ({error}); register the object again") from None
+
+
+def _sync_folder(folder: Path) -> None:
+    # The rename is in the folder's own data: without this it may be lost with the power.
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
