@@ -15,7 +15,10 @@ endif
 # Stay on this machine: neither the demo nor a test has business on the network.
 export ROS_AUTOMATIC_DISCOVERY_RANGE := LOCALHOST
 
-# colcon's script reads variables that may be unset. -P keeps the checkout itself off sys.path: it has no nope_ros.msg.
+# Keep the checkout itself off sys.path: its nope_ros has no messages, the installed one has.
+export PYTHONSAFEPATH := 1
+
+# colcon's script reads variables that may be unset.
 ACTIVATE := set +u; source install/setup.bash; set -u;
 
 .PHONY: help setup demo test clean
@@ -27,7 +30,7 @@ setup: ## Install everything into .venv, build the messages (PYTHON=python3.12 c
 	@$(PYTHON) tools/setup_ros.py
 
 demo: setup ## Estimate poses on real images, draw them into out/demo (DATA=folder PRIOR=free|upright|standing)
-	@$(ACTIVATE) $(VENV)/python -P -m nope_ros.cli demo $(if $(DATA),--data "$(DATA)") $(if $(PRIOR),--prior "$(PRIOR)")
+	@$(ACTIVATE) $(VENV)/python -m nope_ros.cli demo $(if $(DATA),--data "$(DATA)") $(if $(PRIOR),--prior "$(PRIOR)")
 
 test: setup ## Lint, check types, run the tests (ARGS="-k crop" goes to pytest)
 	$(VENV)/ruff check .
