@@ -1,0 +1,1 @@
+"""Renders objects and learns weights from the renders."""
