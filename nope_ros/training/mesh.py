@@ -94,13 +94,13 @@ def make_mesh(
     name: str = "",
 ) -> Mesh:
     """A `Mesh` from bare arrays: drops degenerate faces and finds the corner normals (crease in radians)."""
-    vertices = np.ascontiguousarray(vertices, np.float32)
-    faces = np.ascontiguousarray(faces, np.int32)
-    faces = faces[_face_areas(vertices, faces) > 0]
+    points = np.ascontiguousarray(vertices, np.float32)
+    triangles = np.ascontiguousarray(faces, np.int32)
+    triangles = triangles[_face_areas(points, triangles) > 0]
     return Mesh(
-        vertices=vertices,
-        faces=faces,
-        normals=corner_normals(vertices, faces, crease),
+        vertices=points,
+        faces=triangles,
+        normals=corner_normals(points, triangles, crease),
         uv=None if uv is None else np.ascontiguousarray(uv, np.float32),
         texture=None if texture is None else np.ascontiguousarray(texture[..., :3], np.uint8),
         colours=None if colours is None else np.ascontiguousarray(np.asarray(colours)[:, :3], np.uint8),
@@ -116,7 +116,7 @@ def load_mesh(path: str | Path, *, up: str | None = None) -> Mesh:
     import trimesh  # here, so that renders of procedural objects do not need it
 
     path = Path(path)
-    loaded = trimesh.load(path, force="mesh", process=False)
+    loaded: Any = trimesh.load(path, force="mesh", process=False)
     uv, texture, colours = _appearance(loaded.visual, len(loaded.vertices))
     mesh = make_mesh(loaded.vertices, loaded.faces, uv=uv, texture=texture, colours=colours, name=path.stem)
     axis = up or SOURCE_UP_AXIS.get(f"{path.parent.name}/{path.stem}")

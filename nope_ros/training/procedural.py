@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from nope_ros.training.mesh import Mesh, make_mesh
 
-Floats = NDArray[np.float64]
+Floats = NDArray[np.floating]
 Colour = NDArray[np.float64]  # (3,) sRGB 0..255
 
 ATLAS = 256
@@ -184,10 +184,10 @@ def _capsule(radius: float, length: float) -> Patch:
     return _lathe(np.concatenate([upper, upper[::-1] * (1, -1)]), 20)
 
 
-def _tube(path: Floats, radius: object, segments: int = 10, flatness: float = 1.0) -> Patch:
+def _tube(path: Floats, radius: Floats | float, segments: int = 10, flatness: float = 1.0) -> Patch:
     """A closed tube along a path (n, 3); radius a number or (n,)."""
     path = np.asarray(path, float)
-    radius = np.broadcast_to(np.asarray(radius, float), len(path))
+    radius = np.broadcast_to(np.asarray(radius, float), (len(path),))
     tangent = np.gradient(path, axis=0)
     tangent /= np.maximum(np.linalg.norm(tangent, axis=1, keepdims=True), 1e-9)
     normal = np.cross(tangent[0], np.eye(3)[np.abs(tangent[0]).argmin()])
@@ -222,7 +222,7 @@ def _loft(
     angle = np.linspace(0, 2 * np.pi, 33)
     c, s = np.cos(angle), np.sin(angle)
     unit = np.stack([np.sign(c) * np.abs(c) ** (2 / power), np.sign(s) * np.abs(s) ** (2 / power)], 1)
-    section = unit[None] * np.stack([np.broadcast_to(half_x, n), np.broadcast_to(half_y, n)], 1)[:, None]
+    section = unit[None] * np.stack([np.broadcast_to(np.asarray(h, float), (n,)) for h in (half_x, half_y)], 1)[:, None]
     turn = np.broadcast_to(np.asarray(twist, float), n)[:, None]
     x = section[..., 0] * np.cos(turn) - section[..., 1] * np.sin(turn)
     y = section[..., 0] * np.sin(turn) + section[..., 1] * np.cos(turn)
@@ -233,7 +233,7 @@ def _loft(
     return _sheet(np.concatenate([caps[0], points, caps[1]]))
 
 
-def _extruded(outline: Floats, height: float) -> Patch:
+def _extruded(outline: Floats | list[tuple[float, float]], height: float) -> Patch:
     """A simple polygon (n, 2), counter-clockwise, extruded along z and centred in z."""
     outline = np.asarray(outline, float)
     triangles = _ears(np.ascontiguousarray(outline))
@@ -492,7 +492,7 @@ def _write(
     cv2.putText(image, text, origin, font, scale, colour.tolist(), thick, cv2.LINE_AA)
 
 
-def _print_label(rng: Generator, size: int, colours: Floats) -> Floats:
+def _print_label(rng: Generator, size: int, colours: Floats) -> NDArray[np.uint8]:
     image = np.empty((size, size, 3), np.uint8)
     image[:] = colours[0]
     for _ in range(rng.integers(0, 4)):  # bands and fields
@@ -547,11 +547,11 @@ def _draw_shapes(rng: Generator, image: NDArray[np.uint8], colours: Floats, coun
 
 def _print_photo(rng: Generator, size: int, colours: Floats) -> Floats:
     """What a picture looks like from afar: large gradients, objects of all sizes, fine grain."""
-    image = _ramp(_noise(rng, size, 2, 64, rng.uniform(0.4, 0.75)), np.concatenate([colours, _palette(rng, 3)]))
-    image = np.clip(image, 0, 255).astype(np.uint8)
+    ground = _ramp(_noise(rng, size, 2, 64, rng.uniform(0.4, 0.75)), np.concatenate([colours, _palette(rng, 3)]))
+    image = np.clip(ground, 0, 255).astype(np.uint8)
     _draw_shapes(rng, image, _palette(rng, 8), int(rng.integers(3, 14)))
     if rng.random() < 0.5:
-        image = cv2.GaussianBlur(image, (0, 0), float(rng.uniform(0.5, 2.5)))
+        image = np.asarray(cv2.GaussianBlur(image, (0, 0), float(rng.uniform(0.5, 2.5))), np.uint8)
     return image * (0.6 + 0.6 * _noise(rng, size, 8, 128, 0.8))[..., None]
 
 
@@ -818,7 +818,7 @@ def _assembly(build: _Build) -> None:
         step = rng.normal(size=3)
         if tidy:
             step = np.sign(step) * (np.abs(step) == np.abs(step).max())
-        t = anchor + (0 if i == 0 else 1) * step / max(np.linalg.norm(step), 1e-9) * rng.uniform(0.25, 0.6)
+        t = anchor + (0 if i == 0 else 1) * step / max(float(np.linalg.norm(step)), 1e-9) * rng.uniform(0.25, 0.6)
         centres.append(t)
         build.add(_any_patch(rng).moved(scale=size), t=t, R=R)
 
@@ -832,14 +832,11 @@ def _sculpture(build: _Build) -> None:
     solids = [_solid(rng, i) for i in range(rng.integers(2, 7))]
     cuts = [_solid(rng, 1 + i) for i in range(rng.choice([0, 1, 2, 3], p=(0.35, 0.3, 0.2, 0.15)))]
     melt = rng.choice([0.01, 0.05, 0.15])
-    field = None
-    for solid in solids:
+    field = solids[0](grid)
+    for solid in solids[1:]:
         value = solid(grid)
-        if field is None:
-            field = value
-        else:
-            blend = np.maximum(melt - np.abs(field - value), 0) / melt
-            field = np.minimum(field, value) - 0.25 * melt * blend * blend
+        blend = np.maximum(melt - np.abs(field - value), 0) / melt
+        field = np.minimum(field, value) - 0.25 * melt * blend * blend
     for cut in cuts:
         field = np.maximum(field, -cut(grid))
     if rng.random() < 0.3:
@@ -867,7 +864,7 @@ def _solid(rng: Generator, number: int) -> Callable[[Floats], Floats]:
     R = R.astype(np.float32)
     size = np.float32(rng.uniform(0.5, 0.8) if number == 0 else rng.uniform(0.2, 0.55))
     centre = np.zeros(3) if number == 0 else rng.normal(size=3)
-    centre = (centre / max(np.linalg.norm(centre), 1e-9) * rng.uniform(0.25, 0.6)).astype(np.float32)
+    centre = (centre / max(float(np.linalg.norm(centre)), 1e-9) * rng.uniform(0.25, 0.6)).astype(np.float32)
     a, b, c = (np.float32(v) for v in size * rng.uniform(0.4, 1, 3))
     kind = rng.integers(6)
 
@@ -1252,10 +1249,10 @@ def _device(build: _Build) -> None:
             for j in range(rows):
                 if rng.random() < 0.15:
                     continue
-                shape = _cylinder(button, 0.08, segments=12) if (i + j) % 2 else _box((2 * button, 2 * button, 0.08))
+                key = _cylinder(button, 0.08, segments=12) if (i + j) % 2 else _box((2 * button, 2 * button, 0.08))
                 t = ((i + 0.5) * step[0] - 0.4 * size[0], front, -0.45 * size[2] + (j + 0.5) * step[1])
                 role = "buttons" if rng.random() < 0.85 else "red button"
-                build.add(shape, role, R=_about_x(np.pi / 2), t=t, printed=False)
+                build.add(key, role, R=_about_x(np.pi / 2), t=t, printed=False)
     for _ in range(rng.integers(0, 4)):
         side = rng.integers(6)
         axis, sign = side // 2, 1 - 2 * (side % 2)

@@ -130,7 +130,7 @@ def render(
         mesh.texture if mesh.texture is not None and mesh.uv is not None else np.zeros((0, 0, 3), np.uint8),
         mesh.colours if mesh.colours is not None else np.zeros((0, 3), np.uint8),
         R,
-        np.linalg.inv(K_samples),
+        np.ascontiguousarray(np.linalg.inv(K_samples), np.float64),
         inverse_depth,
         triangle,
         s,

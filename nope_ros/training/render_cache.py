@@ -194,7 +194,7 @@ def random_lighting(rng: Generator, R_camera_object: NDArray[np.float64], finish
             direction = np.array([0, 0, -1.0]) + rng.normal(0, 0.35, 3)
         elif rng.random() < 0.8 and direction @ up < 0:
             direction = direction - 2 * (direction @ up) * up
-        directions.append(direction / max(np.linalg.norm(direction), 1e-9))
+        directions.append(direction / max(float(np.linalg.norm(direction)), 1e-9))
         tint = 1 + rng.normal(0, 0.05, 3) + warm * np.array([1, 0, -1])
         colours.append(rng.uniform(0.25, 1.0) * (1 if i == 0 else 0.5) * tint)
     tint = np.clip(1 + rng.normal(0, 0.04, 3) - 0.5 * warm * np.array([1, 0, -1]), 0.5, 1.5)
