@@ -1,0 +1,1 @@
+"""The same walk as ``nope_ros.estimator``, over ROS topics."""

@@ -1,0 +1,281 @@
+"""What a ROS distribution has and PyPI has not: the distribution's own where it imports, else what stands in for it.
+
+The rest of the package asks this module and never looks for cv_bridge, tf2_ros or tf_transformations itself. tf2_msgs
+and vision_msgs are only message definitions: ``interfaces/`` builds the same ones where they are missing. launch has no
+stand-in: the files in ``launch/`` are for where it is.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict, deque
+from functools import partial
+from typing import Protocol
+
+import cv2
+import numpy as np
+from geometry_msgs.msg import TransformStamped
+from numpy.typing import NDArray
+from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
+from rclpy.duration import Duration
+from rclpy.node import Node
+from rclpy.qos import DurabilityPolicy, QoSProfile
+from rclpy.time import Time
+from scipy.spatial.transform import Rotation, Slerp
+from sensor_msgs.msg import Image
+from tf2_msgs.msg import TFMessage
+
+Array = NDArray[np.float64]
+
+try:
+    import cv_bridge
+
+    # The compiled part fails to import on another NumPy than it was built with.
+    from cv_bridge.boost.cv_bridge_boost import cvtColor2 as _  # noqa: F401
+except (ImportError, AttributeError):
+    cv_bridge = None
+try:
+    import tf2_ros
+except ImportError:
+    tf2_ros = None
+try:
+    import tf_transformations
+except ImportError:
+    tf_transformations = None
+
+
+def providers() -> dict[str, str]:
+    """Who does the work of each of the distribution's packages here: "distribution" or "nope_ros"."""
+    found = {"cv_bridge": cv_bridge, "tf2_ros": tf2_ros, "tf_transformations": tf_transformations}
+    return {name: "nope_ros" if module is None else "distribution" for name, module in found.items()}
+
+
+# --- tf_transformations ---------------------------------------------------------------------------------------------
+
+
+def quaternion_xyzw(R: Array) -> Array:
+    """Quaternions (..., 4) with w ≥ 0 of rotation matrices (..., 3, 3)."""
+    R = np.asarray(R, dtype=np.float64)
+    if tf_transformations is not None and R.ndim == 2:
+        matrix = np.eye(4)
+        matrix[:3, :3] = R
+        xyzw = np.array(tf_transformations.quaternion_from_matrix(matrix))
+    else:
+        xyzw = Rotation.from_matrix(R.reshape(-1, 3, 3)).as_quat().reshape(*R.shape[:-2], 4)
+    # Of the two signs the one that every user of the quaternion would choose, so that equal poses are equal messages.
+    signed: Array = np.where(xyzw[..., 3:] < 0, -xyzw, xyzw)
+    return signed
+
+
+def rotation_matrix(xyzw: Array) -> Array:
+    """Rotation matrix (3, 3) of a unit quaternion (4,)."""
+    if tf_transformations is not None:
+        matrix: Array = np.array(tf_transformations.quaternion_matrix(xyzw))[:3, :3]
+        return matrix
+    return Rotation.from_quat(xyzw).as_matrix()
+
+
+# --- cv_bridge ------------------------------------------------------------------------------------------------------
+
+# Bytes a pixel, and how OpenCV takes it to RGB (None: it is RGB). OpenCV names a Bayer pattern by its second row.
+COLOUR_ENCODINGS: dict[str, tuple[int, int | None]] = {
+    "rgb8": (3, None),
+    "bgr8": (3, cv2.COLOR_BGR2RGB),
+    "rgba8": (4, cv2.COLOR_RGBA2RGB),
+    "bgra8": (4, cv2.COLOR_BGRA2RGB),
+    "mono8": (1, cv2.COLOR_GRAY2RGB),
+    "yuv422": (2, cv2.COLOR_YUV2RGB_UYVY),
+    "uyvy": (2, cv2.COLOR_YUV2RGB_UYVY),
+    "yuv422_yuy2": (2, cv2.COLOR_YUV2RGB_YUYV),
+    "yuyv": (2, cv2.COLOR_YUV2RGB_YUYV),
+    "bayer_rggb8": (1, cv2.COLOR_BayerBG2RGB),
+    "bayer_bggr8": (1, cv2.COLOR_BayerRG2RGB),
+    "bayer_gbrg8": (1, cv2.COLOR_BayerGR2RGB),
+    "bayer_grbg8": (1, cv2.COLOR_BayerGB2RGB),
+}
+# What every version of cv_bridge converts.
+_CV_BRIDGE_CONVERTS = ("rgb8", "bgr8", "rgba8", "bgra8", "mono8")
+
+
+def image_to_rgb(message: Image, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """A colour image as RGB.
+
+    Args:
+        message: sensor_msgs/Image of one of ``COLOUR_ENCODINGS``.
+        pixels: its data (H, W[, C]), row padding left out.
+
+    Returns:
+        (H, W, 3) uint8.
+    """
+    if cv_bridge is not None and message.encoding in _CV_BRIDGE_CONVERTS:
+        converted: NDArray[np.uint8] = cv_bridge.CvBridge().imgmsg_to_cv2(message, "rgb8")
+        return converted
+    code = COLOUR_ENCODINGS[message.encoding][1]
+    rgb: NDArray[np.uint8] = pixels if code is None else cv2.cvtColor(np.ascontiguousarray(pixels), code)
+    return rgb
+
+
+# --- tf2_ros --------------------------------------------------------------------------------------------------------
+
+
+class TransformError(LookupError):
+    """A transform is not known (yet): the message says which and why."""
+
+
+class Transforms(Protocol):
+    """Rotations between frames at a moment."""
+
+    def rotation(self, target: str, source: str, stamp: int, timeout: float) -> Array:
+        """R_target_source (3, 3) at a stamp in nanoseconds, waited for up to timeout seconds.
+
+        Raises:
+            TransformError: if it has not come by then.
+        """
+        ...
+
+
+class Broadcaster(Protocol):
+    """Sends transforms to /tf."""
+
+    def sendTransform(self, transform: list[TransformStamped]) -> None:
+        """Send them in one message."""
+        ...
+
+
+def listen(node: Node) -> Transforms:
+    """Start to collect what is on /tf and /tf_static. The node must be spun by another thread than asks."""
+    return TransformListener(node) if tf2_ros is None else _Tf2Listener(node)
+
+
+def broadcaster(node: Node) -> Broadcaster:
+    """A publisher to /tf."""
+    sender: Broadcaster = _Broadcaster(node) if tf2_ros is None else tf2_ros.TransformBroadcaster(node)
+    return sender
+
+
+class _Tf2Listener:
+    def __init__(self, node: Node) -> None:
+        self._buffer = tf2_ros.Buffer(node=node)
+        self._listener = tf2_ros.TransformListener(self._buffer, node)
+
+    def rotation(self, target: str, source: str, stamp: int, timeout: float) -> Array:
+        time, wait = Time(nanoseconds=stamp), Duration(nanoseconds=int(timeout * 1e9))
+        try:
+            transform = self._buffer.lookup_transform(target, source, time, wait)
+        except tf2_ros.TransformException as error:
+            raise TransformError(f"TF from '{source}' to '{target}': {error}") from None
+        q = transform.transform.rotation
+        return rotation_matrix(np.array([q.x, q.y, q.z, q.w]))
+
+
+class _Broadcaster:
+    def __init__(self, node: Node) -> None:
+        self._publisher = node.create_publisher(TFMessage, "/tf", 100)
+
+    def sendTransform(self, transform: list[TransformStamped]) -> None:
+        self._publisher.publish(TFMessage(transforms=transform))
+
+
+_HISTORY = 10_000_000_000  # nanoseconds of transforms kept, as tf2 does
+
+
+class TransformTree:
+    """Rotations of a tree of frames over the last ten seconds; interpolated between stamps, never beyond them."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._parents: dict[str, str] = {}
+        self._fixed: dict[str, Array] = {}
+        self._moving: dict[str, deque[tuple[int, Array]]] = defaultdict(deque)
+
+    def insert(self, parent: str, child: str, stamp: int, xyzw: Array, *, static: bool) -> None:
+        """Take in the orientation of a child frame in its parent: quaternion (4,), not necessarily of unit length."""
+        parent, child = parent.lstrip("/"), child.lstrip("/")
+        length = float(np.linalg.norm(xyzw))
+        if not parent or not child or parent == child or not np.isfinite(length) or length < 1e-9:
+            return  # as tf2 does: a broken sender must not break the tree
+        with self._changed:
+            self._parents[child] = parent
+            if static:
+                self._fixed[child] = xyzw / length
+            else:
+                history = self._moving[child]
+                if history and stamp < history[-1][0] - _HISTORY:
+                    history.clear()  # the clock was set back
+                if not history or stamp > history[-1][0]:
+                    history.append((stamp, xyzw / length))
+                while history[0][0] < history[-1][0] - _HISTORY:
+                    history.popleft()
+            self._changed.notify_all()
+
+    def rotation(self, target: str, source: str, stamp: int, timeout: float) -> Array:
+        """See ``Transforms.rotation``."""
+        target, source = target.lstrip("/"), source.lstrip("/")
+        found: list[Array] = []
+        reason = ""
+
+        def look() -> bool:
+            nonlocal reason
+            try:
+                found.append(self._to_root(target, stamp, source).T @ self._to_root(source, stamp, target))
+            except TransformError as error:
+                reason = str(error)
+            return bool(found)
+
+        with self._changed:
+            if not self._changed.wait_for(look, timeout):
+                raise TransformError(f"TF from '{source}' to '{target}': {reason}")
+        return found[0]
+
+    def _to_root(self, frame: str, stamp: int, other: str) -> Array:
+        """R_common_frame up to the frame's root, or to the nearest ancestor it shares with the other frame."""
+        ancestors = set(self._chain(other))
+        R = np.eye(3)
+        for child in self._chain(frame):
+            if child in ancestors:
+                return R
+            if child not in self._parents:
+                known = frame in self._parents or frame in self._parents.values()
+                raise TransformError(f"frame '{frame}' {'is not connected with it' if known else 'was never sent'}")
+            R = self._in_parent(child, stamp) @ R
+        raise TransformError(f"frame '{frame}' is its own ancestor")
+
+    def _chain(self, frame: str) -> list[str]:
+        chain = [frame]
+        while chain[-1] in self._parents and len(chain) <= len(self._parents):
+            chain.append(self._parents[chain[-1]])
+        return chain
+
+    def _in_parent(self, child: str, stamp: int) -> Array:
+        if child in self._fixed:
+            return rotation_matrix(self._fixed[child])
+        history = self._moving[child]
+        after = next((index for index, (when, _) in enumerate(history) if when >= stamp), None)
+        if after is None:
+            raise TransformError(f"'{child}' is {(stamp - history[-1][0]) / 1e9:.3f} s behind the image")
+        if history[after][0] == stamp:
+            return rotation_matrix(history[after][1])
+        if after == 0:
+            raise TransformError(f"'{child}' begins {(history[0][0] - stamp) / 1e9:.3f} s after the image")
+        (t0, q0), (t1, q1) = history[after - 1], history[after]
+        turn: Array = Slerp([0, 1], Rotation.from_quat([q0, q1]))((stamp - t0) / (t1 - t0)).as_matrix()
+        return turn
+
+
+class TransformListener(TransformTree):
+    """A ``TransformTree`` fed by /tf and /tf_static."""
+
+    def __init__(self, node: Node) -> None:
+        super().__init__()
+        latched = QoSProfile(depth=100, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+        group = MutuallyExclusiveCallbackGroup()
+        for topic, qos, static in (("/tf", QoSProfile(depth=100), False), ("/tf_static", latched, True)):
+            receive = partial(self._receive, static=static)
+            node.create_subscription(TFMessage, topic, receive, qos, callback_group=group)
+
+    def _receive(self, message: TFMessage, *, static: bool) -> None:
+        for transform in message.transforms:
+            q = transform.transform.rotation
+            stamp = Time.from_msg(transform.header.stamp).nanoseconds
+            quaternion = np.array([q.x, q.y, q.z, q.w])
+            self.insert(transform.header.frame_id, transform.child_frame_id, stamp, quaternion, static=static)

@@ -1,0 +1,156 @@
+"""From the messages of one moment to the poses of the objects in it: the walk of one frame, without a node."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from std_msgs.msg import Header
+
+from nope_ros.assignment import assign
+from nope_ros.estimator import PoseEstimator, RegisteredObject
+from nope_ros.frame import Camera, Frame, InputError
+from nope_ros.node import messages
+from nope_ros.node.gravity import Gravity
+from nope_ros.node.pairing import Match
+from nope_ros.node.parameters import Settings
+from nope_ros.pose import PoseEstimate
+from nope_ros.prior import Prior
+
+Array = NDArray[np.float64]
+Complain = Callable[[object], None]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """An object that was found: its id in the mask, its pixels (H, W), what it is, and where."""
+
+    instance: int
+    mask: NDArray[np.bool_]
+    registered: RegisteredObject
+    estimate: PoseEstimate
+
+    @property
+    def centre_object(self) -> Array:
+        """Centre of the object (3,) in the object frame."""
+        return -self.registered.reference.offset_object
+
+    @property
+    def radius(self) -> float:
+        """Radius of the object's outline, in the pose's unit of length."""
+        reference = self.registered.reference
+        return reference.distance * reference.angular_radius
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was found in one image.
+
+    Attributes:
+        header: of the image.
+        image: (H, W, 3) RGB, undistorted.
+        camera: its calibration, without distortion.
+        seen: objects, each at most once.
+    """
+
+    header: Header
+    image: NDArray[np.uint8]
+    camera: Camera
+    seen: tuple[Seen, ...]
+
+
+def estimate(
+    match: Match,
+    objects: Sequence[RegisteredObject],
+    estimator: PoseEstimator,
+    settings: Settings,
+    gravity: Gravity,
+    complain: Complain,
+) -> Result:
+    """Find the registered objects in a frame.
+
+    Args:
+        match: the frame's messages.
+        objects: those to look for.
+        estimator: the model.
+        settings: thresholds and prior.
+        gravity: asked for the moment of the image.
+        complain: told of what is wrong but can be gone on with.
+
+    Raises:
+        InputError: if the frame cannot be used.
+    """
+    header = match.image.header
+    image = messages.image_array(match.image)
+    camera = messages.camera(match.camera_info, rectified=settings.rectified)
+    ids = messages.mask_array(match.mask)
+    if not ids.any():
+        complain("mask: no pixel is set, nothing is in view")
+        return Result(header, image, camera.without_distortion(), ())
+    # The whole mask as one object: checks and undistorts the image once for all instances.
+    whole = Frame.from_arrays(image, ids, camera)
+    ids = camera.undistort(ids, cv2.INTER_NEAREST).astype(np.uint16)
+    instances, frames = [], []
+    for instance in messages.instances(ids, settings.max_instances):
+        try:
+            frame = Frame(whole.image, ids == instance, whole.camera)
+        except InputError as error:
+            complain(f"{error} (instance {instance})")
+            continue
+        if frame.touches_border:
+            complain(
+                f"mask: instance {instance} reaches the image's border; the object is cut off, its pose unreliable"
+            )
+        instances.append(instance)
+        frames.append(frame)
+    if not objects or not frames:
+        return Result(header, whole.image, whole.camera, ())
+    down = gravity_at(gravity, header.frame_id, match.stamp, complain)
+    table = [estimates_of(frame, objects, estimator, settings, down, complain) for frame in frames]
+    similarity = np.array([[one.similarity for one in row] for row in table])
+    seen = tuple(
+        Seen(instances[row], frames[row].mask, objects[column], table[row][column])
+        for row, column in assign(similarity, settings.similarity_threshold)
+    )
+    return Result(header, whole.image, whole.camera, seen)
+
+
+def gravity_at(gravity: Gravity, frame_id: str, stamp: int, complain: Complain) -> Array | None:
+    """Down in the camera at a moment, or None after a complaint: a pose without gravity is better than none."""
+    try:
+        return gravity.down(frame_id, stamp)
+    except InputError as error:
+        complain(f"{error}; going on without gravity")
+        return None
+
+
+def estimates_of(
+    frame: Frame,
+    objects: Sequence[RegisteredObject],
+    estimator: PoseEstimator,
+    settings: Settings,
+    down: Array | None,
+    complain: Complain,
+) -> list[PoseEstimate]:
+    """A pose for each object, as if it were the one in the frame. Objects that the prior can't be used for get 'free'."""
+    if settings.prior == "auto":
+        return estimator.estimate_frame(frame, objects, gravity_camera=down)
+    usable = {one.object_id: _usable(settings.prior, one, down is not None) for one in objects}
+    for object_id, prior in usable.items():
+        if prior != settings.prior:
+            complain(f"prior: '{settings.prior}' needs gravity, which is not known for '{object_id}'; using '{prior}'")
+    found: dict[str, PoseEstimate] = {}
+    for prior in set(usable.values()):
+        group = [one for one in objects if usable[one.object_id] == prior]
+        for one in estimator.estimate_frame(frame, group, prior=prior, gravity_camera=down):
+            found[one.object_id] = one
+    return [found[one.object_id] for one in objects]
+
+
+def _usable(prior: Prior, registered: RegisteredObject, gravity_known: bool) -> Prior:
+    needs_query = prior == "standing"
+    known = registered.gravity_known and (gravity_known or not needs_query)
+    return prior if prior == "free" or known else "free"

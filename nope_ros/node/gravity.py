@@ -1,0 +1,119 @@
+"""Which way is down in the camera, from whichever source the parameters name. None where no source is named."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nope_ros.frame import InputError
+from nope_ros.node.distro import TransformError, Transforms
+
+Array = NDArray[np.float64]
+
+# Acceleration of an IMU that only feels gravity is within this of 9.81 m/s²: else it is being pushed, and says little.
+_STANDARD = 9.80665
+_TOLERANCE = 2.0
+# Seconds of samples that are averaged, and how old the newest may be.
+_WINDOW = 0.5
+_OLDEST = 1.0
+
+
+@dataclass(frozen=True)
+class ImuSample:
+    """One measurement: nanoseconds, (3,) m/s² in the IMU's frame, and that frame's name."""
+
+    stamp: int
+    acceleration: Array
+    frame: str
+
+
+class ImuGravity:
+    """The last samples of an accelerometer."""
+
+    def __init__(self) -> None:
+        self._samples: deque[ImuSample] = deque(maxlen=1000)
+        self._lock = threading.Lock()
+
+    def add(self, sample: ImuSample) -> None:
+        """Take in a sample."""
+        with self._lock:
+            if self._samples and sample.stamp < self._samples[-1].stamp:
+                self._samples.clear()  # the clock was set back
+            self._samples.append(sample)
+
+    def down(self, stamp: int) -> tuple[Array, str]:
+        """Unit vector (3,) pointing down in the IMU's frame around a stamp, and that frame's name.
+
+        Raises:
+            InputError: if there is no sample of that time, or the IMU is being accelerated.
+        """
+        with self._lock:
+            samples = [sample for sample in self._samples if abs(sample.stamp - stamp) <= _OLDEST * 1e9]
+        if not samples:
+            raise InputError("gravity: the IMU has sent nothing around the image's stamp")
+        nearest = min(abs(sample.stamp - stamp) for sample in samples)
+        samples = [sample for sample in samples if abs(sample.stamp - stamp) <= nearest + _WINDOW * 1e9 / 2]
+        mean = np.mean([sample.acceleration for sample in samples], axis=0)
+        size = float(np.linalg.norm(mean))
+        if not abs(size - _STANDARD) <= _TOLERANCE:  # also refuses NaN
+            raise InputError(f"gravity: the IMU feels {size:.1f} m/s², not gravity alone; is it in m/s², and at rest?")
+        # At rest an accelerometer feels the floor push up.
+        return -mean / size, samples[-1].frame
+
+
+@dataclass(frozen=True)
+class Gravity:
+    """Where gravity comes from; the first source that is named.
+
+    Attributes:
+        vector: (3,) down in the camera's optical frame.
+        frame: name of a TF frame whose z points up.
+        imu: accelerometer.
+        transforms: TF; needed by ``frame``, and by ``imu`` where it sits in another frame than the camera.
+        timeout: seconds to wait for TF.
+    """
+
+    vector: Array | None = None
+    frame: str = ""
+    imu: ImuGravity | None = None
+    transforms: Transforms | None = None
+    timeout: float = 0.1
+
+    @property
+    def source(self) -> str:
+        """Name of the source, for people."""
+        if self.vector is not None:
+            return "parameter"
+        if self.frame:
+            return f"TF frame '{self.frame}'"
+        return "none" if self.imu is None else "IMU"
+
+    def down(self, camera_frame: str, stamp: int) -> Array | None:
+        """Unit vector (3,) pointing down in the camera's optical frame at a stamp (ns); None without a source.
+
+        Raises:
+            InputError: if the source that is named does not answer.
+        """
+        if self.vector is not None:
+            return self.vector / np.linalg.norm(self.vector)
+        if self.frame:
+            return -self._rotation(camera_frame, self.frame, stamp)[:, 2]
+        if self.imu is None:
+            return None
+        down, frame = self.imu.down(stamp)
+        if frame in ("", camera_frame):
+            return down
+        turned: Array = self._rotation(camera_frame, frame, stamp) @ down
+        return turned
+
+    def _rotation(self, target: str, source: str, stamp: int) -> Array:
+        if self.transforms is None:
+            raise InputError("gravity: TF is not being listened to")
+        try:
+            return self.transforms.rotation(target, source, stamp, self.timeout)
+        except TransformError as error:
+            raise InputError(f"gravity: {error}") from None

@@ -1,0 +1,612 @@
+"""The node: parameters, topics and services around the walk of one frame (see ``nope_ros.node.estimation``).
+
+Threads: callbacks of inputs only store messages; one worker thread takes the newest complete frame and estimates; services
+have threads of their own. So nothing queues behind the network, whatever the camera's rate.
+"""
+
+from __future__ import annotations
+
+import gc
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import rclpy
+import torch
+from diagnostic_msgs.msg import DiagnosticArray
+from numpy.typing import NDArray
+from rclpy.callback_groups import CallbackGroup, MutuallyExclusiveCallbackGroup
+from rclpy.exceptions import ParameterException
+from rclpy.executors import MultiThreadedExecutor
+from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
+from rclpy.parameter import Parameter
+from rclpy.publisher import Publisher
+from rclpy.qos import QoSProfile, qos_profile_sensor_data
+from rclpy.qos_overriding_options import QoSOverridingOptions
+from rclpy.signals import SignalHandlerOptions
+from sensor_msgs.msg import Imu
+
+from nope_ros.draw import Drawn, overlay
+from nope_ros.estimator import PoseEstimator, RegisteredObject
+from nope_ros.frame import Frame, InputError
+from nope_ros.node import distro, messages, parameters, topics
+from nope_ros.node.complaints import Complaints
+from nope_ros.node.estimation import Result, Seen, estimate
+from nope_ros.node.gravity import Gravity, ImuGravity, ImuSample
+from nope_ros.node.pairing import Kind, Match, Pairing
+from nope_ros.node.statistics import Latencies, Latency, memory_megabytes, status
+from nope_ros.srv import ListObjects, RegisterObject, UnregisterObject
+from nope_ros.store import ObjectStore, StoreError, check_object_id
+
+Array = NDArray[np.float64]
+
+# Inputs, registration, the other services, lifecycle and parameters, TF and IMU, diagnostics: none waits for another.
+_THREADS = 6
+# A problem stays in the diagnostics this long, seconds.
+_REMEMBERED = 5.0
+# How long inputs may be missing before that is a problem, seconds.
+_PATIENCE = 3.0
+
+
+@dataclass(frozen=True)
+class Session:
+    """What exists while the node is active: the model, the folder of objects, and the thread that estimates."""
+
+    estimator: PoseEstimator
+    store: ObjectStore
+    stop: threading.Event
+    worker: threading.Thread
+    began: float
+
+
+class NopeNode(LifecycleNode):
+    """See the module, and ``nope_ros.node.topics`` and ``nope_ros.node.parameters`` for its interface.
+
+    Attributes:
+        failure: what ended the worker thread, if something did.
+
+    Raises:
+        ParameterException: if a parameter given at start is refused.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__("nope", **options)
+        self.failure: BaseException | None = None
+        self.add_on_set_parameters_callback(self._check_parameters)
+        self._session: Session | None = None
+        parameters.declare(self)
+        self._settings = parameters.read(self)
+        self.add_post_set_parameters_callback(self._use_parameters)
+
+        self._complain = Complaints(self.get_logger().warning)
+        self._pairing = Pairing(patience=1, capacity=1)
+        self._latencies = Latencies()
+        # Objects and their publishers are changed by services and read by the worker: replaced, never altered.
+        self._objects: dict[str, RegisteredObject] = {}
+        self._pose_publishers: dict[str, Publisher[Any]] = {}
+        self._registry = threading.RLock()
+        self._marked: set[str] = set()
+        self._transforms: distro.Transforms | None = None
+        self._imu: ImuGravity | None = None
+        self._gravity = Gravity()
+        self._outputs: dict[topics.Endpoint, Publisher[Any]] = {}
+        self._inputs: list[Any] = []
+        self._measured = (time.monotonic(), self._pairing.counts)
+        self._input_group = MutuallyExclusiveCallbackGroup()
+        self._use_parameters([])
+
+        self._broadcaster = distro.broadcaster(self)
+        self._diagnostics = self.create_publisher(topics.DIAGNOSTICS.type, topics.DIAGNOSTICS.name, 10)
+        self.create_timer(1.0, self._diagnose, callback_group=MutuallyExclusiveCallbackGroup())
+        others = MutuallyExclusiveCallbackGroup()
+        self._serve(topics.REGISTER, self._register, MutuallyExclusiveCallbackGroup())
+        self._serve(topics.UNREGISTER, self._unregister, others)
+        self._serve(topics.LIST, self._list, others)
+
+    # --- lifecycle --------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Configure and activate. What fails is logged, and the node waits for a lifecycle manager to try again."""
+        if self.trigger_configure() == TransitionCallbackReturn.SUCCESS:
+            self.trigger_activate()
+
+    def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Make publishers and subscriptions."""
+        for endpoint in (topics.POSES, topics.DETECTIONS, topics.DISTRIBUTION, topics.MARKERS, topics.OVERLAY):
+            self._outputs[endpoint] = self.create_lifecycle_publisher(
+                endpoint.type, endpoint.name, topics.OUTPUT_QOS, qos_overriding_options=_overridable()
+            )
+        image = topics.IMAGE_COMPRESSED if self._settings.compressed else topics.IMAGE
+        inputs: list[tuple[Kind, topics.Endpoint]] = [
+            ("image", image),
+            ("camera_info", topics.CAMERA_INFO),
+            ("mask", topics.MASK),
+            ("depth", topics.DEPTH),
+        ]
+        for kind, endpoint in inputs:
+            self._inputs.append(self._listen(endpoint.type, endpoint.name, partial(self._receive, kind)))
+        if self._settings.gravity_imu_topic:
+            self._imu = ImuGravity()
+            self._inputs.append(self._listen(Imu, self._settings.gravity_imu_topic, self._receive_imu))
+        self._use_parameters([])
+        return super().on_configure(state)
+
+    def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Load the model and the registered objects, and begin to estimate."""
+        settings = self._settings
+        try:
+            _use_threads(settings.threads)
+            estimator = PoseEstimator.from_pretrained(
+                settings.weights or None, device=settings.device, batch_size=settings.batch_size
+            )
+            store = ObjectStore(settings.storage_directory)
+            loaded = store.load_all(estimator.predictor, settings.batch_size)
+        except InputError as error:
+            self.get_logger().error(f"Can't be activated. {error}")
+            return TransitionCallbackReturn.FAILURE
+        except Exception:
+            # rclpy would turn this into a failed transition without a word.
+            self.get_logger().error(traceback.format_exc())
+            raise
+        for problem in loaded.problems:
+            self._complain(problem)
+        for registered in loaded.objects:
+            try:
+                self._add(registered)
+            except InputError as error:
+                self._complain(error)
+        stop = threading.Event()
+        worker = threading.Thread(target=self._work, args=(stop,), name="estimation", daemon=True)
+        self._session = Session(estimator, store, stop, worker, time.monotonic())
+        result = super().on_activate(state)
+        worker.start()
+        names = ", ".join(self._objects) or "none"
+        self.get_logger().info(f"Active: {estimator.model_name} on {estimator.device}; registered objects: {names}")
+        return result
+
+    def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Stop estimating, and free the model."""
+        session, self._session = self._session, None
+        if session is not None:
+            session.stop.set()
+            session.worker.join()
+        self._outputs[topics.MARKERS].publish(messages.no_markers())
+        self._marked.clear()
+        for object_id in list(self._objects):
+            self._remove(object_id)
+        self._pairing.clear()
+        del session
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return super().on_deactivate(state)
+
+    def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Take down publishers and subscriptions."""
+        result = super().on_cleanup(state)
+        self._take_down()
+        return result
+
+    def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """From any state: as deactivate and cleanup."""
+        if self._session is not None:
+            self.on_deactivate(state)
+        self._take_down()
+        return TransitionCallbackReturn.SUCCESS
+
+    def _take_down(self) -> None:
+        for publisher in self._outputs.values():
+            self.destroy_lifecycle_publisher(publisher)
+        for subscription in self._inputs:
+            self.destroy_subscription(subscription)
+        self._outputs.clear()
+        self._inputs.clear()
+        self._imu = None
+
+    def _listen(self, type_: type, topic: str, callback: Callable[[Any], None]) -> Any:
+        return self.create_subscription(
+            type_,
+            topic,
+            callback,
+            qos_profile_sensor_data,
+            callback_group=self._input_group,
+            qos_overriding_options=_overridable(),
+        )
+
+    def _serve(self, endpoint: topics.Endpoint, answer: Callable[[Any, Any], Any], group: CallbackGroup) -> None:
+        self.create_service(endpoint.type, endpoint.name, answer, callback_group=group)
+
+    # --- parameters -------------------------------------------------------------------------------------------------
+
+    def _check_parameters(self, changed: Sequence[Parameter[Any]]) -> Any:
+        return parameters.check(changed, active=self._session is not None)
+
+    def _use_parameters(self, _: Sequence[Parameter[Any]]) -> None:
+        settings = self._settings = parameters.read(self)
+        self._pairing.patience = int(settings.mask_patience * 1e9)
+        self._pairing.capacity = settings.buffer_megabytes * 1_000_000
+        if self._transforms is None and (settings.gravity_frame or settings.gravity_imu_topic):
+            self._transforms = distro.listen(self)
+        vector = np.array(settings.gravity_vector)
+        self._gravity = Gravity(
+            vector=vector if vector.any() else None,
+            frame=settings.gravity_frame,
+            imu=self._imu,
+            transforms=self._transforms,
+            timeout=settings.gravity_timeout,
+        )
+
+    # --- inputs -----------------------------------------------------------------------------------------------------
+
+    def _receive(self, kind: Kind, message: Any) -> None:
+        if self._session is not None:
+            size = 0 if kind == "camera_info" else len(message.data)
+            self._pairing.add(kind, messages.nanoseconds(message.header.stamp), message, size)
+
+    def _receive_imu(self, message: Imu) -> None:
+        if self._imu is not None:
+            felt = message.linear_acceleration
+            acceleration = np.array([felt.x, felt.y, felt.z])
+            stamp = messages.nanoseconds(message.header.stamp)
+            self._imu.add(ImuSample(stamp, acceleration, message.header.frame_id))
+
+    # --- the worker -------------------------------------------------------------------------------------------------
+
+    def _work(self, stop: threading.Event) -> None:
+        try:
+            while not stop.is_set():
+                match = self._pairing.take(timeout=0.2)
+                if match is not None:
+                    self._process(match)
+        except BaseException as error:
+            self.failure = error  # raised again by the main thread: a node that is deaf must not look alive
+            raise
+
+    def _process(self, match: Match) -> None:
+        session, settings = self._session, self._settings
+        if session is None:
+            return
+        begin = time.perf_counter()
+        _use_threads(settings.threads)
+        objects = list(self._objects.values())
+        try:
+            result = estimate(match, objects, session.estimator, settings, self._gravity, self._complain)
+        except InputError as error:
+            self._complain(error)
+            return
+        self._publish(result, settings)
+        age = self.get_clock().now().nanoseconds - match.stamp
+        self._latencies.add(Latency(time.perf_counter() - begin, age / 1e9))
+
+    # --- outputs ----------------------------------------------------------------------------------------------------
+
+    def _publish(self, result: Result, settings: parameters.Settings) -> None:
+        header = result.header
+        trusted = {
+            one.estimate.object_id: one.estimate.confidence >= settings.confidence_threshold for one in result.seen
+        }
+        if settings.tf_publish:
+            self._broadcast([one for one in result.seen if trusted[one.estimate.object_id]], result, settings.tf_prefix)
+        for one in result.seen:
+            with self._registry:  # an object may be unregistered at any time, its publisher with it
+                publisher = self._pose_publishers.get(one.estimate.object_id)
+                if publisher is not None:
+                    publisher.publish(messages.pose_with_covariance_stamped(header, one.estimate))
+        poses = [
+            messages.object_pose(one.estimate, one.instance, trusted=trusted[one.estimate.object_id])
+            for one in result.seen
+        ]
+        self._outputs[topics.POSES].publish(messages.object_poses(header, poses))
+        found = [messages.detection(header, one.estimate, one.centre_object, 2 * one.radius) for one in result.seen]
+        self._outputs[topics.DETECTIONS].publish(messages.detections(header, found))
+        if self._wanted(topics.DISTRIBUTION):
+            for one in result.seen:
+                message = messages.distribution(header, one.estimate, settings.distribution_count)
+                self._outputs[topics.DISTRIBUTION].publish(message)
+        if self._wanted(topics.MARKERS):
+            present = {one.estimate.object_id for one in result.seen}
+            drawn = [(one.estimate, one.radius) for one in result.seen]
+            self._outputs[topics.MARKERS].publish(messages.markers(header, drawn, self._marked - present))
+            self._marked = present
+        if self._wanted(topics.OVERLAY):
+            K = result.camera.K
+            things = [Drawn.of(one.estimate, one.mask, K, trusted[one.estimate.object_id]) for one in result.seen]
+            self._outputs[topics.OVERLAY].publish(messages.image(header, overlay(result.image, K, things)))
+
+    def _wanted(self, endpoint: topics.Endpoint) -> bool:
+        return self._outputs[endpoint].get_subscription_count() > 0
+
+    def _broadcast(self, seen: Sequence[Seen], result: Result, prefix: str) -> None:
+        parent = result.header.frame_id
+        if seen and not parent:
+            self._complain(
+                "image: header.frame_id is empty, so nothing can be broadcast on TF; set it in the camera driver"
+            )
+            return
+        transforms = []
+        for one in seen:
+            child = prefix + one.estimate.object_id
+            if child == parent:
+                self._complain(
+                    f"TF: '{child}' is the camera's own frame; rename the object or set the parameter 'tf.prefix'"
+                )
+                continue
+            transforms.append(messages.transform(result.header, child, one.estimate))
+        if transforms:
+            self._broadcaster.sendTransform(transforms)
+
+    # --- objects ----------------------------------------------------------------------------------------------------
+
+    def _add(self, registered: RegisteredObject) -> None:
+        with self._registry:
+            object_id = registered.object_id
+            topic = topics.object_topic(object_id)
+            for other in self._objects:
+                if other != object_id and topics.object_topic(other) == topic:
+                    raise InputError(
+                        f"object_id: '{object_id}' would publish on the topic of '{other}'; choose another name"
+                    )
+            if object_id not in self._pose_publishers:
+                self._pose_publishers[object_id] = self.create_publisher(
+                    topics.OBJECT_POSE.type, topic, topics.OUTPUT_QOS, qos_overriding_options=_overridable()
+                )
+            self._objects = {**self._objects, object_id: registered}
+
+    def _remove(self, object_id: str) -> None:
+        with self._registry:
+            self._objects = {name: one for name, one in self._objects.items() if name != object_id}
+            self.destroy_publisher(self._pose_publishers.pop(object_id))
+
+    def _register(self, request: RegisterObject.Request, response: RegisterObject.Response) -> RegisterObject.Response:
+        begin = time.perf_counter()
+        try:
+            registered, message = self._registered(request)
+        except InputError as error:
+            self._complain(f"register_object: {error}")
+            response.message = str(error)
+        else:
+            response.success, response.message = True, message
+            response.template_count = registered.template_count
+            self.get_logger().info(message)
+        response.duration = time.perf_counter() - begin
+        return response
+
+    def _registered(self, request: RegisterObject.Request) -> tuple[RegisteredObject, str]:
+        session = self._active()
+        object_id = check_object_id(request.object_id)
+        if object_id in self._objects and not request.overwrite:
+            raise InputError(f"object_id: '{object_id}' is registered already; set overwrite to replace it")
+        match = self._reference(request)
+        frame = reference_frame(match, request.instance, rectified=self._settings.rectified)
+        _use_threads(self._settings.threads)
+        pose = messages.pose_arrays(request.reference_pose) if request.use_reference_pose else (None, None)
+        registered = session.estimator.register_frame(
+            frame,
+            object_id=object_id,
+            reference_distance=_known(request.reference_distance),
+            object_diameter=_known(request.object_diameter),
+            R_camera_object=pose[0],
+            t_camera_object=pose[1],
+            gravity_camera=self._reference_gravity(request, match),
+        )
+        note = "" if registered.metric else "; its distance is unknown and is the unit of length"
+        note += "" if registered.gravity_known else "; without gravity, so any orientation is possible"
+        with self._registry:
+            if self._session is not session:
+                raise InputError("the node was deactivated meanwhile; activate it and register again")
+            self._add(registered)
+            try:
+                session.store.save(registered)
+            except StoreError as error:
+                self._complain(error)
+                note += f"; {error}"
+        return registered, f"Registered '{object_id}': {registered.template_count} templates{note}"
+
+    def _active(self) -> Session:
+        if self._session is None:
+            raise InputError("the node is not active; activate it first")
+        return self._session
+
+    def _reference(self, request: RegisterObject.Request) -> Match:
+        given = {
+            "image": request.image.height > 0,
+            "mask": request.mask.height > 0,
+            "camera_info": request.camera_info.height > 0,
+        }
+        if not any(given.values()):
+            latest = self._pairing.latest()
+            if latest is None:
+                raise InputError(
+                    f"no frame has been received yet: {self._missing() or 'stamps differ'}; or give an image"
+                )
+            return latest
+        if not all(given.values()):
+            missing = ", ".join(name for name, there in given.items() if not there)
+            raise InputError(
+                f"request: {missing} is empty; give image, mask and camera_info, or none for the latest frame"
+            )
+        depth = request.depth if request.depth.height > 0 else None
+        stamp = messages.nanoseconds(request.image.header.stamp)
+        return Match(stamp, request.image, request.mask, request.camera_info, depth)
+
+    def _reference_gravity(self, request: RegisterObject.Request, match: Match) -> Array | None:
+        given = np.array([request.gravity.x, request.gravity.y, request.gravity.z])
+        if given.any():
+            return given
+        # An error here is one: an object registered without gravity would be without it for good.
+        return self._gravity.down(match.image.header.frame_id, match.stamp)
+
+    def _unregister(
+        self, request: UnregisterObject.Request, response: UnregisterObject.Response
+    ) -> UnregisterObject.Response:
+        try:
+            session = self._active()
+            with self._registry:
+                if request.object_id not in self._objects:
+                    known = ", ".join(self._objects) or "none"
+                    raise InputError(f"object_id: '{request.object_id[:64]}' is not registered; registered: {known}")
+                session.store.delete(request.object_id)
+                self._remove(request.object_id)
+        except InputError as error:
+            self._complain(f"unregister_object: {error}")
+            response.message = str(error)
+        else:
+            response.success, response.message = True, f"Unregistered '{request.object_id}'"
+        return response
+
+    def _list(self, _: ListObjects.Request, response: ListObjects.Response) -> ListObjects.Response:
+        objects = [one for _, one in sorted(self._objects.items())]
+        response.object_ids = [one.object_id for one in objects]
+        response.metric = [one.metric for one in objects]
+        response.template_counts = [one.template_count for one in objects]
+        response.reference_distances = [one.reference.distance if one.metric else 0.0 for one in objects]
+        response.gravity_known = [one.gravity_known for one in objects]
+        return response
+
+    # --- diagnostics ------------------------------------------------------------------------------------------------
+
+    def _missing(self) -> str:
+        """Which inputs have not come at all."""
+        counts = self._pairing.counts
+        come = {"image": counts.images > 0, "camera_info": self._pairing.calibrated, "mask": counts.masks > 0}
+        names = [one.topic_name for one in self._inputs]
+        missing = [names[index] for index, there in enumerate(come.values()) if not there]
+        return f"nothing has come on {', '.join(missing)}" if missing else ""
+
+    def _problem(self, session: Session | None) -> str:
+        if session is None:
+            return "not active"
+        counts, now = self._pairing.counts, time.monotonic()
+        if counts.taken == 0 and now - session.began > _PATIENCE:
+            problem = self._missing()
+            if not problem and counts.unmatched + counts.orphaned > 0:
+                problem = "mask: none has the stamp of an image; the detector must copy the image's header"
+            if problem:
+                self._complain(problem)
+        last = self._complain.last
+        return last[0] if last is not None and now - last[1] < _REMEMBERED else ""
+
+    def _diagnose(self) -> None:
+        session, counts, now = self._session, self._pairing.counts, time.monotonic()
+        then, before = self._measured
+        self._measured = (now, counts)
+        seconds = max(now - then, 1e-3)
+        memory = {"memory (MB)": f"{memory_megabytes():.0f}"}
+        if session is not None and session.estimator.device.startswith("cuda"):
+            memory["GPU memory (MB)"] = f"{torch.cuda.memory_allocated(session.estimator.device) / 1e6:.0f}"
+        values = {
+            "state": "active" if session is not None else "not active",
+            "image rate (Hz)": f"{(counts.images - before.images) / seconds:.1f}",
+            "mask rate (Hz)": f"{(counts.masks - before.masks) / seconds:.1f}",
+            "frame rate (Hz)": f"{(counts.taken - before.taken) / seconds:.1f}",
+            **self._latencies.values(),
+            "frames": counts.taken,
+            "frames skipped for newer ones": counts.skipped,
+            "images without mask": counts.unmatched,
+            "masks without image": counts.orphaned,
+            "images dropped for lack of memory": counts.thinned,
+            "waiting (MB)": f"{self._pairing.held_bytes / 1e6:.1f}",
+            "problems": self._complain.total,
+            "objects": ", ".join(self._objects) or "none",
+            "model": session.estimator.model_name if session is not None else "none",
+            "device": session.estimator.device if session is not None else "none",
+            "gravity": self._gravity.source,
+            **memory,
+            **{f"{package} of": provider for package, provider in distro.providers().items()},
+        }
+        message = DiagnosticArray()
+        message.header.stamp = self.get_clock().now().to_msg()
+        name = self.get_fully_qualified_name().lstrip("/")
+        message.status = [status(name, values["device"], self._problem(session), values)]
+        self._diagnostics.publish(message)
+
+
+def reference_frame(match: Match, instance: int, *, rectified: bool) -> Frame:
+    """The frame that an object is registered from.
+
+    Args:
+        match: its messages.
+        instance: id in the mask; 0: the only one there is.
+        rectified: whether the image has been undistorted already.
+
+    Raises:
+        InputError: if it can't be, or shows the object in part only.
+    """
+    ids = messages.mask_array(match.mask)
+    present = messages.instances(ids, at_most=20)
+    if instance == 0 and len(present) > 1:
+        raise InputError(f"instance: the mask holds {_listed(present)}; say which one is the object")
+    if instance != 0 and present and instance not in present:
+        raise InputError(f"instance: {instance} is not in the mask, which holds {_listed(present)}")
+    frame = Frame.from_arrays(
+        messages.image_array(match.image),
+        ids == instance if instance else ids,
+        messages.camera(match.camera_info, rectified=rectified),
+        None if match.depth is None else messages.depth_array(match.depth),
+    )
+    if frame.touches_border:
+        raise InputError(
+            "mask: the object reaches the image's border, so a part of it is not seen; move it to the middle"
+        )
+    return frame
+
+
+def _listed(ids: Sequence[int]) -> str:
+    return ", ".join(map(str, sorted(ids)[:20]))
+
+
+def _known(length: float) -> float | None:
+    return None if length == 0 else length
+
+
+def _overridable() -> QoSOverridingOptions:
+    return QoSOverridingOptions.with_default_policies()
+
+
+_DEFAULT_THREADS = torch.get_num_threads()
+
+
+def _use_threads(count: int) -> None:
+    # OpenMP keeps the number for each thread that calls it.
+    torch.set_num_threads(count or _DEFAULT_THREADS)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the node until SIGINT or SIGTERM. Returns the exit code."""
+    # Our own handlers: rclpy's would shut the context down before the node could say goodbye.
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    rclpy.init(args=arguments, signal_handler_options=SignalHandlerOptions.NO)
+    try:
+        node = NopeNode()
+    except ParameterException as error:
+        rclpy.logging.get_logger("nope").fatal(str(error))
+        rclpy.shutdown()
+        return 1
+    executor = MultiThreadedExecutor(num_threads=_THREADS)
+    executor.add_node(node)
+    if node.get_parameter("autostart").value:
+        node.start()
+    try:
+        while not stop.is_set():
+            executor.spin_once(timeout_sec=0.2)
+            if node.failure is not None:
+                raise node.failure
+    finally:
+        executor.shutdown()
+        node.trigger_shutdown()
+        node.destroy_node()
+        rclpy.shutdown()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

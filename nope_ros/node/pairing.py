@@ -1,0 +1,249 @@
+"""Which image, mask, calibration and depth belong together. Knows stamps and sizes, nothing of ROS.
+
+A mask comes from a detector that may need seconds, so images wait for it. Frames come faster than poses are estimated,
+so of all complete frames only the newest is handed out and the rest are counted. What waits is bounded in bytes and time.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+Kind = Literal["image", "mask", "camera_info", "depth"]
+
+NANOSECONDS = 1_000_000_000
+
+# Images of one camera arrive in order up to jitter. One that is older than the newest by more than this comes from a
+# clock that was set back, as when a bag is played in a loop.
+_JUMP_BACK = NANOSECONDS // 2
+# A frame waits this long for the depth image of a depth camera that is running.
+_DEPTH_PATIENCE = NANOSECONDS // 5
+_LATE: tuple[Kind, ...] = ("mask", "depth")
+# Calibrations kept by stamp, for cameras that zoom; all others send the same one over and over.
+_CALIBRATIONS = 64
+
+
+@dataclass(frozen=True)
+class Match:
+    """Messages that belong to one moment.
+
+    Attributes:
+        stamp: nanoseconds, of the image.
+        image: the image message.
+        mask: the mask message of the same stamp.
+        camera_info: calibration of the same stamp, or the newest one.
+        depth: depth message of the same stamp, or None.
+    """
+
+    stamp: int
+    image: Any
+    mask: Any
+    camera_info: Any
+    depth: Any = None
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What has become of the messages so far.
+
+    Attributes:
+        images: images received.
+        masks: masks received.
+        taken: frames handed out.
+        skipped: complete frames that a newer one overtook.
+        unmatched: images that no mask came for in time.
+        orphaned: masks whose image never came, or is gone.
+        thinned: images given up because the buffer was full (also in unmatched or skipped).
+        restarts: times the clock was set back.
+    """
+
+    images: int = 0
+    masks: int = 0
+    taken: int = 0
+    skipped: int = 0
+    unmatched: int = 0
+    orphaned: int = 0
+    thinned: int = 0
+    restarts: int = 0
+
+
+class Pairing:
+    """Collects messages from several threads and hands complete frames to one.
+
+    Attributes:
+        patience: nanoseconds an image waits for its mask, and a mask for its image.
+        capacity: bytes of images, masks and depth held at most; the newest frame is held whatever its size.
+    """
+
+    def __init__(self, *, patience: int, capacity: int) -> None:
+        """Start empty."""
+        self.patience = patience
+        self.capacity = capacity
+        self._changed = threading.Condition()
+        self._counts = Counts()
+        self._last: Match | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self._held: dict[Kind, dict[int, tuple[Any, int]]] = {"image": {}, "mask": {}, "depth": {}}
+        self._calibrations: deque[tuple[int, Any]] = deque(maxlen=_CALIBRATIONS)
+        self._newest_image: int | None = None
+        self._newest_depth: int | None = None
+        self._taken_stamp: int | None = None
+
+    @property
+    def counts(self) -> Counts:
+        """What has become of the messages so far."""
+        with self._changed:
+            return self._counts
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the messages that wait."""
+        with self._changed:
+            return self._bytes()
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether any calibration has come."""
+        with self._changed:
+            return bool(self._calibrations)
+
+    def add(self, kind: Kind, stamp: int, message: Any, size: int = 0) -> None:
+        """Take in a message.
+
+        Args:
+            kind: which topic it came from.
+            stamp: nanoseconds of its header.
+            message: handed back as it is.
+            size: bytes it occupies.
+        """
+        with self._changed:
+            if kind == "image":
+                self._begin_image(stamp)
+            elif kind == "mask":
+                self._count(masks=1)
+            elif kind == "depth":
+                self._newest_depth = stamp
+            if kind == "camera_info":
+                self._calibrations.append((stamp, message))
+            elif self._taken_stamp is not None and stamp < self._taken_stamp:
+                # The frame it belongs to was overtaken while this was on its way.
+                self._count(skipped=kind == "mask", unmatched=kind == "image")
+            else:
+                if kind == "image" and stamp in self._held["image"]:
+                    self._count(skipped=1)  # sent twice
+                self._held[kind][stamp] = (message, size)
+                self._expire()
+                self._thin(keep=stamp)
+            self._changed.notify_all()
+
+    def take(self, timeout: float) -> Match | None:
+        """The newest complete frame, waited for up to timeout seconds; everything older is let go."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._newest_complete() is not None, timeout)
+            stamp = self._newest_complete()
+            if stamp is None:
+                return None
+            self._last = self._match(stamp)
+            self._taken_stamp = stamp
+            self._count(taken=1)
+            del self._held["image"][stamp], self._held["mask"][stamp]
+            self._let_go(lambda older: older < stamp)
+            self._held["depth"].pop(stamp, None)
+            return self._last
+
+    def latest(self) -> Match | None:
+        """The newest complete frame, handed out or not; it stays where it is."""
+        with self._changed:
+            stamp = self._newest_complete()
+            return self._last if stamp is None else self._match(stamp)
+
+    def clear(self) -> None:
+        """Let everything go, the latest frame included; counts stay."""
+        with self._changed:
+            self._let_go(lambda _: True)
+            self._forget()
+            self._last = None
+
+    def _begin_image(self, stamp: int) -> None:
+        if self._newest_image is not None and stamp < self._newest_image - _JUMP_BACK:
+            calibrations = list(self._calibrations)[-1:]
+            self._let_go(lambda _: True)
+            self._forget()
+            self._calibrations.extend(calibrations)
+            self._count(restarts=1)
+        self._newest_image = stamp if self._newest_image is None else max(stamp, self._newest_image)
+        self._count(images=1)
+
+    def _expire(self) -> None:
+        if self._newest_image is not None:
+            limit = self._newest_image - self.patience
+            self._let_go(lambda stamp: stamp < limit)
+
+    def _thin(self, keep: int) -> None:
+        # Not the oldest image goes, but the one whose neighbours are nearest: a detector slower than the buffer lasts
+        # would otherwise never find the image it worked on, and no pose would ever come out.
+        while self._bytes() > self.capacity:
+            images = sorted(stamp for stamp in self._held["image"] if stamp != keep)
+            others = [(stamp, kind) for kind in _LATE for stamp in self._held[kind] if stamp != keep]
+            if images:
+                gaps = [
+                    (after - before, stamp)
+                    for before, stamp, after in zip(images, images[1:], images[2:], strict=False)
+                ]
+                given_up = min(gaps)[1] if gaps else images[0]
+                self._let_go(given_up.__eq__)
+                self._count(thinned=1)
+            elif others:
+                stamp, kind = min(others)
+                del self._held[kind][stamp]
+                self._count(orphaned=kind == "mask")
+            else:
+                return
+
+    def _let_go(self, is_old: Callable[[int], bool]) -> None:
+        images, masks, depths = self._held["image"], self._held["mask"], self._held["depth"]
+        for stamp in [stamp for stamp in images if is_old(stamp)]:
+            complete = masks.pop(stamp, None) is not None
+            del images[stamp]
+            depths.pop(stamp, None)
+            self._count(skipped=complete, unmatched=not complete)
+        for stamp in [stamp for stamp in masks if is_old(stamp)]:
+            del masks[stamp]
+            self._count(orphaned=1)
+        for stamp in [stamp for stamp in depths if is_old(stamp)]:
+            del depths[stamp]
+
+    def _newest_complete(self) -> int | None:
+        if not self._calibrations:
+            return None
+        both = self._held["image"].keys() & self._held["mask"].keys()
+        return max((stamp for stamp in both if not self._waits_for_depth(stamp)), default=None)
+
+    def _waits_for_depth(self, stamp: int) -> bool:
+        if stamp in self._held["depth"] or self._newest_depth is None or self._newest_image is None:
+            return False
+        running = stamp - self.patience <= self._newest_depth < stamp  # newer than stamp: this one was lost
+        return running and self._newest_image - stamp < _DEPTH_PATIENCE
+
+    def _match(self, stamp: int) -> Match:
+        same = [message for other, message in self._calibrations if other == stamp]
+        camera_info = same[-1] if same else self._calibrations[-1][1]
+        depth = self._held["depth"].get(stamp)
+        return Match(
+            stamp=stamp,
+            image=self._held["image"][stamp][0],
+            mask=self._held["mask"][stamp][0],
+            camera_info=camera_info,
+            depth=None if depth is None else depth[0],
+        )
+
+    def _bytes(self) -> int:
+        return sum(size for held in self._held.values() for _, size in held.values())
+
+    def _count(self, **more: int) -> None:
+        self._counts = replace(self._counts, **{name: getattr(self._counts, name) + int(n) for name, n in more.items()})
