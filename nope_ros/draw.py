@@ -751,7 +751,8 @@ def _square(image: Picture) -> Picture:
 
 
 @lru_cache(maxsize=32)
-def _font(size: int, bold: bool) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def font(size: int, bold: bool) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """A typeface that every machine has, ``size`` pixels high."""
     import matplotlib  # its fonts are the ones that are there on every machine; none of its code draws here
 
     path = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf")
@@ -761,11 +762,11 @@ def _font(size: int, bold: bool) -> ImageFont.FreeTypeFont | ImageFont.ImageFont
 @lru_cache(maxsize=1024)
 def _glyphs(text: str, size: int, bold: bool) -> Picture:
     """Coverage (height, width) of a line of text; as high for every text of one size."""
-    font = _font(size, bold)
-    width = ceil(font.getlength(text)) + 2
+    face = font(size, bold)
+    width = ceil(face.getlength(text)) + 2
     height = ceil(1.5 * size)
     layer = Image.new("L", (max(width, 1), height))
-    ImageDraw.Draw(layer).text((1, height / 2), text, fill=255, font=font, anchor="lm")
+    ImageDraw.Draw(layer).text((1, height / 2), text, fill=255, font=face, anchor="lm")
     return np.asarray(layer)
 
 
