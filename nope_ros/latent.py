@@ -1,4 +1,4 @@
-"""The fourth stop: networks behind one two-line interface, and their weights on disk.
+"""The third stop: networks behind one two-line interface, and their weights on disk.
 
     latents = predictor.encode(crops)                        # (B, D)
     templates = predictor.predict(latents[0], rotations)     # (N, D): the object as seen after each rotation

@@ -214,13 +214,19 @@ def test_paper_losses_train_what_they_should() -> None:
     assert all(parameter.grad is not None for parameter in network.rotation_mlp.parameters())
 
 
-def test_both_directions_count_the_same() -> None:
+def test_the_way_back_is_asked_with_the_inverse_rotation() -> None:
     torch.manual_seed(0)
     network = PaperUNet(SMALL_PAPER).eval()
+    for layer in (network.rotation_mlp[0], network.rotation_mlp[2]):
+        layer.weight.data *= 20  # untrained, the rotation would hardly count
     one, other = torch.randn(2, 2, *SMALL_PAPER.latent_shape)
     delta_R = _rotations(2).float()
-    there = network.prediction_loss(one, other, delta_R, distance="l2")
-    assert torch.allclose(there, network.prediction_loss(other, one, delta_R.mT, distance="l2"), rtol=1e-4)
+    there = (network(one, delta_R) - other).square().mean()
+    back = (network(other, delta_R.mT) - one).square().mean()
+    wrong_back = (network(other, delta_R) - one).square().mean()
+    loss = network.prediction_loss(one, other, delta_R, distance="l2")
+    assert torch.allclose(loss, (there + back) / 2, rtol=1e-4)
+    assert not torch.allclose(back, wrong_back, rtol=1e-2)
 
 
 def test_autoencoder_kept_apart(tmp_path: Path) -> None:
