@@ -173,3 +173,10 @@ def test_every_python_folder_is_a_package():
     # pip installs only folders with an __init__.py; colcon installs them all.
     folders = {path.parent for path in (ROOT / "nope_ros").rglob("*.py")}
     assert [str(folder.relative_to(ROOT)) for folder in folders if not (folder / "__init__.py").exists()] == []
+
+
+def test_launch_files_find_the_node():
+    prefixes = [Path(prefix) for prefix in os.environ["AMENT_PREFIX_PATH"].split(":")]
+    (node,) = [path for prefix in prefixes if (path := prefix / "lib" / "nope_ros" / "nope_node").exists()]
+    assert os.access(node, os.X_OK)
+    assert Path(node.read_text().splitlines()[0].removeprefix("#!")).samefile(sys.executable)
