@@ -135,7 +135,7 @@ def estimates_of(
     down: Array | None,
     complain: Complain,
 ) -> list[PoseEstimate]:
-    """A pose for each object, as if it were the one in the frame. Objects that the prior can't be used for get 'free'."""
+    """A pose for each object, as if it were the one in the frame; 'free' for those that the prior can't be used for."""
     if settings.prior == "auto":
         return estimator.estimate_frame(frame, objects, gravity_camera=down)
     usable = {one.object_id: _usable(settings.prior, one, down is not None) for one in objects}

@@ -96,8 +96,8 @@ def mask_array(message: Image) -> NDArray[np.uint16]:
             "or 8UC1 or 16UC1 with instance ids"
         )
     wide = message.encoding in ("16UC1", "mono16")
-    ids = _pixels(message, "mask", np.uint16 if wide else np.uint8)
-    return (ids > 0).astype(np.uint16) if message.encoding == "mono8" else ids.astype(np.uint16)
+    ids = (_pixels(message, "mask", np.uint16) if wide else _pixels(message, "mask", np.uint8)).astype(np.uint16)
+    return np.minimum(ids, 1) if message.encoding == "mono8" else ids
 
 
 def instances(ids: NDArray[np.uint16], at_most: int) -> Sequence[int]:

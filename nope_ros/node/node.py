@@ -1,7 +1,7 @@
 """The node: parameters, topics and services around the walk of one frame (see ``nope_ros.node.estimation``).
 
-Threads: callbacks of inputs only store messages; one worker thread takes the newest complete frame and estimates; services
-have threads of their own. So nothing queues behind the network, whatever the camera's rate.
+Threads: callbacks of inputs only store messages; one worker thread takes the newest complete frame and estimates;
+services have threads of their own. So nothing queues behind the network, whatever the camera's rate.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,6 @@ from rclpy.executors import MultiThreadedExecutor
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.parameter import Parameter
 from rclpy.publisher import Publisher
-from rclpy.qos import QoSProfile, qos_profile_sensor_data
 from rclpy.qos_overriding_options import QoSOverridingOptions
 from rclpy.signals import SignalHandlerOptions
 from sensor_msgs.msg import Imu
@@ -66,6 +65,23 @@ class Session:
     began: float
 
 
+Transition = Callable[["NopeNode", LifecycleState], TransitionCallbackReturn]
+
+
+def _aloud(transition: Transition) -> Transition:
+    """A transition whose exceptions are logged: rclpy turns them into a failure without a word."""
+
+    @wraps(transition)
+    def told(self: NopeNode, state: LifecycleState) -> TransitionCallbackReturn:
+        try:
+            return transition(self, state)
+        except Exception:
+            self.get_logger().error(traceback.format_exc())
+            raise
+
+    return told
+
+
 class NopeNode(LifecycleNode):
     """See the module, and ``nope_ros.node.topics`` and ``nope_ros.node.parameters`` for its interface.
 
@@ -79,6 +95,7 @@ class NopeNode(LifecycleNode):
     def __init__(self, **options: Any) -> None:
         super().__init__("nope", **options)
         self.failure: BaseException | None = None
+        self._finished = False
         self.add_on_set_parameters_callback(self._check_parameters)
         self._session: Session | None = None
         parameters.declare(self)
@@ -95,6 +112,7 @@ class NopeNode(LifecycleNode):
         self._marked: set[str] = set()
         self._transforms: distro.Transforms | None = None
         self._imu: ImuGravity | None = None
+        self._imu_input: Any = None
         self._gravity = Gravity()
         self._outputs: dict[topics.Endpoint, Publisher[Any]] = {}
         self._inputs: list[Any] = []
@@ -117,11 +135,12 @@ class NopeNode(LifecycleNode):
         if self.trigger_configure() == TransitionCallbackReturn.SUCCESS:
             self.trigger_activate()
 
+    @_aloud
     def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Make publishers and subscriptions."""
         for endpoint in (topics.POSES, topics.DETECTIONS, topics.DISTRIBUTION, topics.MARKERS, topics.OVERLAY):
             self._outputs[endpoint] = self.create_lifecycle_publisher(
-                endpoint.type, endpoint.name, topics.OUTPUT_QOS, qos_overriding_options=_overridable()
+                endpoint.type, endpoint.name, topics.output_qos(), qos_overriding_options=_overridable()
             )
         image = topics.IMAGE_COMPRESSED if self._settings.compressed else topics.IMAGE
         inputs: list[tuple[Kind, topics.Endpoint]] = [
@@ -132,12 +151,9 @@ class NopeNode(LifecycleNode):
         ]
         for kind, endpoint in inputs:
             self._inputs.append(self._listen(endpoint.type, endpoint.name, partial(self._receive, kind)))
-        if self._settings.gravity_imu_topic:
-            self._imu = ImuGravity()
-            self._inputs.append(self._listen(Imu, self._settings.gravity_imu_topic, self._receive_imu))
-        self._use_parameters([])
         return super().on_configure(state)
 
+    @_aloud
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Load the model and the registered objects, and begin to estimate."""
         settings = self._settings
@@ -151,10 +167,10 @@ class NopeNode(LifecycleNode):
         except InputError as error:
             self.get_logger().error(f"Can't be activated. {error}")
             return TransitionCallbackReturn.FAILURE
-        except Exception:
-            # rclpy would turn this into a failed transition without a word.
-            self.get_logger().error(traceback.format_exc())
-            raise
+        if settings.gravity_imu_topic:
+            self._imu = ImuGravity()
+            self._imu_input = self._listen(Imu, settings.gravity_imu_topic, self._receive_imu)
+            self._use_parameters([])
         for problem in loaded.problems:
             self._complain(problem)
         for registered in loaded.objects:
@@ -171,6 +187,7 @@ class NopeNode(LifecycleNode):
         self.get_logger().info(f"Active: {estimator.model_name} on {estimator.device}; registered objects: {names}")
         return result
 
+    @_aloud
     def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Stop estimating, and free the model."""
         session, self._session = self._session, None
@@ -181,6 +198,10 @@ class NopeNode(LifecycleNode):
         self._marked.clear()
         for object_id in list(self._objects):
             self._remove(object_id)
+        if self._imu_input is not None:
+            self.destroy_subscription(self._imu_input)
+        self._imu = self._imu_input = None
+        self._use_parameters([])
         self._pairing.clear()
         del session
         gc.collect()
@@ -199,7 +220,13 @@ class NopeNode(LifecycleNode):
         if self._session is not None:
             self.on_deactivate(state)
         self._take_down()
+        self._finished = True
         return TransitionCallbackReturn.SUCCESS
+
+    def finish(self) -> None:
+        """Shut down, unless a lifecycle manager has done so."""
+        if not self._finished:
+            self.trigger_shutdown()
 
     def _take_down(self) -> None:
         for publisher in self._outputs.values():
@@ -208,14 +235,13 @@ class NopeNode(LifecycleNode):
             self.destroy_subscription(subscription)
         self._outputs.clear()
         self._inputs.clear()
-        self._imu = None
 
     def _listen(self, type_: type, topic: str, callback: Callable[[Any], None]) -> Any:
         return self.create_subscription(
             type_,
             topic,
             callback,
-            qos_profile_sensor_data,
+            topics.input_qos(),
             callback_group=self._input_group,
             qos_overriding_options=_overridable(),
         )
@@ -355,7 +381,7 @@ class NopeNode(LifecycleNode):
                     )
             if object_id not in self._pose_publishers:
                 self._pose_publishers[object_id] = self.create_publisher(
-                    topics.OBJECT_POSE.type, topic, topics.OUTPUT_QOS, qos_overriding_options=_overridable()
+                    topics.OBJECT_POSE.type, topic, topics.output_qos(), qos_overriding_options=_overridable()
                 )
             self._objects = {**self._objects, object_id: registered}
 
@@ -501,6 +527,7 @@ class NopeNode(LifecycleNode):
         memory = {"memory (MB)": f"{memory_megabytes():.0f}"}
         if session is not None and session.estimator.device.startswith("cuda"):
             memory["GPU memory (MB)"] = f"{torch.cuda.memory_allocated(session.estimator.device) / 1e6:.0f}"
+        device = session.estimator.device if session is not None else "none"
         values = {
             "state": "active" if session is not None else "not active",
             "image rate (Hz)": f"{(counts.images - before.images) / seconds:.1f}",
@@ -516,15 +543,15 @@ class NopeNode(LifecycleNode):
             "problems": self._complain.total,
             "objects": ", ".join(self._objects) or "none",
             "model": session.estimator.model_name if session is not None else "none",
-            "device": session.estimator.device if session is not None else "none",
+            "device": device,
             "gravity": self._gravity.source,
             **memory,
-            **{f"{package} of": provider for package, provider in distro.providers().items()},
+            **{f"{package} from": provider for package, provider in distro.providers().items()},
         }
         message = DiagnosticArray()
         message.header.stamp = self.get_clock().now().to_msg()
         name = self.get_fully_qualified_name().lstrip("/")
-        message.status = [status(name, values["device"], self._problem(session), values)]
+        message.status = [status(name, device, self._problem(session), values)]
         self._diagnostics.publish(message)
 
 
@@ -602,7 +629,7 @@ def main(arguments: list[str] | None = None) -> int:
                 raise node.failure
     finally:
         executor.shutdown()
-        node.trigger_shutdown()
+        node.finish()
         node.destroy_node()
         rclpy.shutdown()
     return 0

@@ -1,7 +1,7 @@
 """Which image, mask, calibration and depth belong together. Knows stamps and sizes, nothing of ROS.
 
 A mask comes from a detector that may need seconds, so images wait for it. Frames come faster than poses are estimated,
-so of all complete frames only the newest is handed out and the rest are counted. What waits is bounded in bytes and time.
+so of all complete frames only the newest is handed out and the rest counted. What waits is bounded in bytes and time.
 """
 
 from __future__ import annotations

@@ -296,7 +296,7 @@ def yaml() -> str:
     """The parameters' defaults as a file for ``--params-file``, each with its description."""
     lines = [
         "# Every parameter of the node with its default, for a node of any name. Copy it and change what you need.",
-        "# Written by `python -m nope_ros.node.reference`.",
+        "# Written by `python -P -m nope_ros.node.reference`.",
         "/**:",
         "  ros__parameters:",
     ]

@@ -1,6 +1,6 @@
 """Writes what is documented from the code: ``config/nope.yaml`` and the tables between markers in ``README.md``.
 
-``python -m nope_ros.node.reference`` in the checkout; a test fails where they differ from the code.
+``python -P -m nope_ros.node.reference`` in the checkout; a test fails where they differ from the code.
 """
 
 from __future__ import annotations

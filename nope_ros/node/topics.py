@@ -56,7 +56,7 @@ MASK = Endpoint(
 DEPTH = Endpoint(
     "depth", Image, "in", "optional, aligned with the image: 32FC1 m or 16UC1 mm; gives metric scale at registration"
 )
-IMU = Endpoint("imu", Imu, "in", "only if `gravity.imu_topic` names it; its accelerometer tells gravity")
+IMU = Endpoint("<gravity.imu_topic>", Imu, "in", "its accelerometer tells gravity, if the parameter names it")
 TF = Endpoint(
     "/tf", TFMessage, "out", "camera → `<tf.prefix><object_id>`, of trusted poses; read too where gravity needs it"
 )
@@ -89,8 +89,16 @@ ENDPOINTS = (
     *(REGISTER, UNREGISTER, LIST),
 )
 
-# Of sensor data the newest counts. Results must arrive.
-OUTPUT_QOS = QoSProfile(depth=10, reliability=ReliabilityPolicy.RELIABLE)
+
+# Made anew for each endpoint: rclpy writes a user's overrides into the profile it is given.
+def input_qos() -> QoSProfile:
+    """As for sensor data: the newest counts."""
+    return QoSProfile(depth=5, reliability=ReliabilityPolicy.BEST_EFFORT)
+
+
+def output_qos() -> QoSProfile:
+    """Results must arrive."""
+    return QoSProfile(depth=10, reliability=ReliabilityPolicy.RELIABLE)
 
 
 def object_topic(object_id: str) -> str:

@@ -1,0 +1,224 @@
+"""What node tests share: the node as its own process, and a robot that talks to it over DDS."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from array import array
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import rclpy
+from builtin_interfaces.msg import Time
+from rclpy.executors import SingleThreadedExecutor
+from rclpy.qos import QoSProfile
+from sensor_msgs.msg import CameraInfo, Image
+
+from nope_ros.latent import RotatedLatentPredictor
+from nope_ros.models.rotated_latent import RotatedLatentConfig, RotatedLatentNetwork
+from nope_ros.node import topics
+from nope_ros.srv import ListObjects, RegisterObject, UnregisterObject
+
+FRAME = "camera_optical"
+WIDTH, HEIGHT = 320, 240
+K = np.array([[300.0, 0, 160], [0, 300.0, 120], [0, 0, 1]])
+
+
+def write_untrained_weights(folder: Path) -> Path:
+    """A small network that has learnt nothing, saved as weights."""
+    import torch
+
+    torch.manual_seed(0)
+    config = RotatedLatentConfig(crop_size=32, widths=(8, 16, 16), bandwidth=2, channels=6, depths=2, lifted_channels=8)
+    RotatedLatentPredictor(RotatedLatentNetwork(config), name="untrained", device="cpu").save_pretrained(folder)
+    return folder
+
+
+def scene(angle: float = 0.0, centre: tuple[int, int] = (160, 120), seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """An image (H, W, 3) of a coloured box and its mask (H, W)."""
+    noise = np.random.default_rng(seed).integers(0, 255, (6, 8, 3), dtype=np.uint8)
+    patch = cv2.resize(noise, (96, 64), interpolation=cv2.INTER_CUBIC)
+    turn = cv2.getRotationMatrix2D((48, 32), angle, 1.0) + np.array([[0, 0, centre[0] - 48], [0, 0, centre[1] - 32]])
+    image = cv2.warpAffine(patch, turn, (WIDTH, HEIGHT))
+    mask = cv2.warpAffine(np.full(patch.shape[:2], 255, np.uint8), turn, (WIDTH, HEIGHT), flags=cv2.INTER_NEAREST)
+    return image, mask
+
+
+def stamp(nanoseconds: int) -> Time:
+    return Time(sec=nanoseconds // 10**9, nanosec=nanoseconds % 10**9)
+
+
+def image_message(pixels: np.ndarray, encoding: str, nanoseconds: int = 0, frame: str = FRAME) -> Image:
+    message = Image(height=pixels.shape[0], width=pixels.shape[1], encoding=encoding)
+    message.header.stamp, message.header.frame_id = stamp(nanoseconds), frame
+    message.step = pixels.strides[0]
+    message.data = array("B", pixels.tobytes())
+    return message
+
+
+def camera_info_message(
+    nanoseconds: int = 0, camera: np.ndarray = K, size: tuple[int, int] = (WIDTH, HEIGHT)
+) -> CameraInfo:
+    message = CameraInfo(width=size[0], height=size[1], k=camera.ravel().tolist(), distortion_model="plumb_bob")
+    message.d = [0.0] * 5
+    message.header.stamp, message.header.frame_id = stamp(nanoseconds), FRAME
+    return message
+
+
+class Robot:
+    """Sends frames, collects what comes back, calls services."""
+
+    def __init__(self, name: str = "/nope") -> None:
+        self.name = name
+        self.node = rclpy.create_node("robot")
+        self.received: dict[str, list[Any]] = defaultdict(list)
+        self.arrived: dict[str, list[float]] = defaultdict(list)
+        self._publishers: dict[str, Any] = {}
+        self._clients: dict[type, Any] = {}
+        self._executor = SingleThreadedExecutor()
+        self._executor.add_node(self.node)
+        self._thread = threading.Thread(target=self._executor.spin, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._executor.shutdown()
+        self._thread.join(5)
+        self.node.destroy_node()
+
+    def publish(self, topic: str, message: Any) -> None:
+        if topic not in self._publishers:
+            self._publishers[topic] = self.node.create_publisher(type(message), topic, QoSProfile(depth=10))
+            self.until(lambda: self._publishers[topic].get_subscription_count() > 0, f"a subscriber of {topic}")
+        self._publishers[topic].publish(message)
+
+    def listen(self, endpoint: topics.Endpoint, topic: str = "") -> str:
+        topic = topic or endpoint.name.replace("~", self.name)
+
+        def receive(message: Any) -> None:
+            self.arrived[topic].append(time.monotonic())
+            self.received[topic].append(message)
+
+        self.node.create_subscription(endpoint.type, topic, receive, topics.output_qos())
+        self.until(lambda: self.node.count_publishers(topic) > 0, f"a publisher of {topic}")
+        return topic
+
+    def frame(self, image: np.ndarray, mask: np.ndarray, encoding: str = "mono8", when: int | None = None) -> int:
+        """Send a frame; returns its stamp."""
+        when = time.time_ns() if when is None else when
+        self.publish("image", image_message(image, "rgb8", when))
+        self.publish("camera_info", camera_info_message(when))
+        self.publish("mask", image_message(mask, encoding, when))
+        return when
+
+    def wait(self, topic: str, condition: Callable[[Any], bool] = lambda _: True, timeout: float = 10.0) -> Any:
+        """The first message, received so far or from now on, for which the condition holds."""
+        found: list[Any] = []
+
+        def look() -> bool:
+            found.extend(message for message in list(self.received[topic]) if condition(message))
+            return bool(found)
+
+        self.until(look, f"a message on {topic}", timeout)
+        return found[0]
+
+    def until(self, condition: Callable[[], bool], what: str, timeout: float = 10.0) -> None:
+        end = time.monotonic() + timeout
+        while not condition():
+            assert time.monotonic() < end, f"waited {timeout:g} s for {what}"
+            time.sleep(0.01)
+
+    def call(self, service: type, name: str, request: Any, timeout: float = 20.0) -> Any:
+        if (service, name) not in self._clients:
+            self._clients[service, name] = self.node.create_client(service, name)
+        client = self._clients[service, name]
+        assert client.wait_for_service(timeout), f"no service {name}"
+        future = client.call_async(request)
+        self.until(future.done, f"an answer of {name}", timeout)
+        return future.result()
+
+    def register(
+        self, object_id: str, image: np.ndarray | None = None, mask: np.ndarray | None = None, **more: Any
+    ) -> Any:
+        request = RegisterObject.Request(object_id=object_id)
+        if image is not None:
+            request.image = image_message(image, "rgb8")
+            request.camera_info = camera_info_message()
+        if mask is not None:
+            request.mask = image_message(mask, "mono8" if mask.dtype == np.uint8 else "16UC1")
+        for name, value in more.items():
+            setattr(request, name, value)
+        return self.call(RegisterObject, f"{self.name}/register_object", request)
+
+    def unregister(self, object_id: str) -> Any:
+        return self.call(
+            UnregisterObject, f"{self.name}/unregister_object", UnregisterObject.Request(object_id=object_id)
+        )
+
+    def objects(self) -> list[str]:
+        return list(self.call(ListObjects, f"{self.name}/list_objects", ListObjects.Request()).object_ids)
+
+
+class NodeProcess:
+    """The node as a user starts it."""
+
+    def __init__(self, log: Path, weights: Path, storage: Path, *arguments: str, **parameters: Any) -> None:
+        self.log = log
+        values = {
+            "weights": str(weights),
+            "storage.directory": str(storage),
+            "device": "cpu",
+            "threads": 1,
+            **parameters,
+        }
+        words = [word for name, value in values.items() for word in ("-p", f"{name}:={_as_yaml(value)}")]
+        command = [sys.executable, "-P", "-m", "nope_ros.node.node", *arguments, "--ros-args", *words]
+        self._file = log.open("w")
+        self.process = subprocess.Popen(command, stdout=self._file, stderr=subprocess.STDOUT, cwd=log.parent)
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+    def says(self, text: str, timeout: float = 15.0) -> None:
+        end = time.monotonic() + timeout
+        while text not in self.output:
+            assert self.process.poll() is None, f"the node ended:\n{self.output}"
+            assert time.monotonic() < end, f"'{text}' was not said:\n{self.output}"
+            time.sleep(0.02)
+
+    def stop(self, number: int = signal.SIGINT) -> int:
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        try:
+            return self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            pytest.fail(f"the node does not stop:\n{self.output}")
+        finally:
+            self._file.close()
+
+
+def _as_yaml(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+@contextmanager
+def ros_context() -> Iterator[None]:
+    """rclpy on a domain of this process's own, on this machine only."""
+    os.environ["ROS_DOMAIN_ID"] = str(1 + os.getpid() % 100)
+    os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] = "LOCALHOST"
+    rclpy.init()
+    try:
+        yield
+    finally:
+        rclpy.try_shutdown()
