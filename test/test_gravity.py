@@ -61,9 +61,9 @@ def test_interpolated_between_stamps_never_beyond() -> None:
 
 def test_reasons() -> None:
     tree = tree_of(("a", "b", -1, turn(0, 0, 0)), ("c", "d", -1, turn(0, 0, 0)))
-    with pytest.raises(TransformError, match="from 'x' to 'a': frame '[ax]' was never sent|not connected"):
+    with pytest.raises(TransformError, match="from 'x' to 'a': frame 'x' was never sent"):
         tree.rotation("a", "x", 0, 0)
-    with pytest.raises(TransformError, match="is not connected"):
+    with pytest.raises(TransformError, match="not connected"):
         tree.rotation("b", "d", 0, 0)
     tree = tree_of(("a", "b", -1, turn(0, 0, 0)), ("b", "a", -1, turn(0, 0, 0)), ("e", "f", -1, turn(0, 0, 0)))
     with pytest.raises(TransformError):

@@ -235,8 +235,10 @@ class TransformTree:
             if child in ancestors:
                 return R
             if child not in self._parents:
-                known = frame in self._parents or frame in self._parents.values()
-                raise TransformError(f"frame '{frame}' {'is not connected with it' if known else 'was never sent'}")
+                for name in (frame, other):
+                    if name not in self._parents and name not in self._parents.values():
+                        raise TransformError(f"frame '{name}' was never sent")
+                raise TransformError("they are not connected")
             R = self._in_parent(child, stamp) @ R
         raise TransformError(f"frame '{frame}' is its own ancestor")
 
