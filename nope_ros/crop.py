@@ -47,7 +47,7 @@ class Crop:
 
 @dataclass(frozen=True)
 class VirtualCamera:
-    """Where a crop looks and how far it sees: rotation (3, 3), intrinsics (3, 3), tangent of half the object's angle."""
+    """Where a crop looks and how far: rotation (3, 3), intrinsics (3, 3), tangent of half the object's angle."""
 
     R_virtual_camera: Array
     K_virtual: Array
@@ -57,8 +57,8 @@ class VirtualCamera:
 def outline(mask: NDArray[np.bool_] | NDArray[np.uint8]) -> Array:
     """Convex outline (N, 2) of a mask in pixels, specks below 2 % of its area left out.
 
-    Specks are what segmentation networks leave behind; one of them at the other end of the image would otherwise move the
-    crop off the object.
+    Specks are what segmentation networks leave behind; one of them at the other end of the image would otherwise move
+    the crop off the object.
     """
     binary = np.ascontiguousarray(mask, dtype=np.uint8)
     contours, _ = cv2.findContours(binary, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
@@ -79,8 +79,8 @@ def roll_of_gravity(R_turned_camera: Array, gravity_camera: Array) -> float | No
 def virtual_camera(outline_px: Array, K: Array, size: int, roll: float = 0.0) -> VirtualCamera:
     """The virtual camera that centres an outline's enclosing circle and makes it fill ``FILL`` of the crop.
 
-    The circle is taken in the turned view, not in the image, where perspective stretches it towards the border; a circle
-    (unlike a box) does not change when the camera rolls.
+    The circle is taken in the turned view, not in the image, where perspective stretches it towards the border; a
+    circle (unlike a box) does not change when the camera rolls.
 
     Args:
         outline_px: (N, 2) outline of the mask, pixels.
@@ -110,9 +110,7 @@ def look_through(
     shrink = int(K[0, 0] / camera.K_virtual[0, 0])
     if shrink > 1:
         height, width = image.shape[0] // shrink, image.shape[1] // shrink
-        image = cv2.resize(
-            image[: height * shrink, : width * shrink], (width, height), interpolation=cv2.INTER_AREA
-        )
+        image = cv2.resize(image[: height * shrink, : width * shrink], (width, height), interpolation=cv2.INTER_AREA)
         half = (shrink - 1) / 2
         homography = homography @ np.array([[shrink, 0, half], [0, shrink, half], [0, 0, 1.0]])
     return cv2.warpPerspective(image, homography, (size, size), flags=interpolation)
@@ -127,7 +125,7 @@ def virtual_crop(frame: Frame, size: int, gravity_camera: Array | None = None) -
         gravity_camera: (3,) direction of gravity (down) in camera axes; with it, roll is removed.
     """
     x0, y0, x1, y1 = frame.bbox_xyxy
-    points = outline(frame.mask[y0:y1, x0:x1]) + [x0, y0]
+    points = outline(frame.mask[y0:y1, x0:x1]) + np.array([x0, y0])
     camera = virtual_camera(points, frame.camera.K, size)
     roll = None if gravity_camera is None else roll_of_gravity(camera.R_virtual_camera, np.asarray(gravity_camera))
     if roll is not None:

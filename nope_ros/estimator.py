@@ -79,10 +79,10 @@ class RegisteredObject:
         """Templates predicted at registration."""
         return len((self.upright_bank if self.gravity_known else self.free_bank).rotations)
 
-    def distribution(self, latent: Tensor, crop: Crop, gravity_virtual: Array | None, prior: Prior) -> tuple[
-        RotationDistribution, float
-    ]:
-        """The distribution of delta_R in camera axes given a query's latent (D,), and the best template's similarity."""
+    def distribution(
+        self, latent: Tensor, crop: Crop, gravity_virtual: Array | None, prior: Prior
+    ) -> tuple[RotationDistribution, float]:
+        """The distribution of delta_R in camera axes given a query's latent (D,); the best template's similarity."""
         if prior == "free":
             bank, weights, spacing = self.free_bank, None, _FREE_SPACING
         else:
@@ -262,7 +262,13 @@ class PoseEstimator:
             distribution, similarity = registered.distribution(latent, crop, gravity_virtual, used)
             estimates.append(
                 pose_estimate(
-                    registered.object_id, registered.reference, crop, distribution, similarity, used, frame.touches_border
+                    registered.object_id,
+                    registered.reference,
+                    crop,
+                    distribution,
+                    similarity,
+                    used,
+                    frame.touches_border,
                 )
             )
         return estimates

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.floating]
+Array = NDArray[np.float64]
 DistortionModel = Literal["none", "plumb_bob", "rational_polynomial", "equidistant"]
 
 # How many coefficients OpenCV takes for each model (CameraInfo calls OpenCV's fisheye model "equidistant").
@@ -41,7 +41,7 @@ class Camera:
         model: name of the distortion model, as in ``sensor_msgs/CameraInfo``.
 
     Raises:
-        InputError: if K is not finite, has a focal length that is not positive, or the coefficients do not fit the model.
+        InputError: if K is not finite, a focal length is not positive, or the coefficients do not fit the model.
     """
 
     K: Array
@@ -86,19 +86,19 @@ class Camera:
         """The same pinhole, with an ideal lens."""
         return replace(self, distortion=(), model="none")
 
-    def undistort(self, image: NDArray[np.generic], interpolation: int = cv2.INTER_LINEAR) -> NDArray[np.generic]:
+    def undistort(self, image: NDArray[Any], interpolation: int = cv2.INTER_LINEAR) -> NDArray[Any]:
         """Resample an image (H, W[, C]) as an ideal lens with the same K would have seen it."""
         if not self.distorted:
             return image
         maps = _undistortion_maps(self.K.tobytes(), self.width, self.height, self.distortion, self.model)
-        resampled: NDArray[np.generic] = cv2.remap(image, *maps, interpolation)
+        resampled: NDArray[Any] = cv2.remap(image, *maps, interpolation)
         return resampled
 
 
 @lru_cache(maxsize=8)
 def _undistortion_maps(
     K_bytes: bytes, width: int, height: int, distortion: tuple[float, ...], model: DistortionModel
-) -> tuple[NDArray[np.generic], NDArray[np.generic]]:
+) -> tuple[NDArray[Any], NDArray[Any]]:
     # Kept per calibration: the maps cost ten times more than the resampling itself.
     K = np.frombuffer(K_bytes).reshape(3, 3)
     coefficients = np.array(distortion)
@@ -140,10 +140,10 @@ class Frame:
     @classmethod
     def from_arrays(
         cls,
-        image: NDArray[np.generic],
-        mask: NDArray[np.generic],
+        image: NDArray[Any],
+        mask: NDArray[Any],
         camera: Camera | Array,
-        depth: NDArray[np.generic] | None = None,
+        depth: NDArray[Any] | None = None,
     ) -> Frame:
         """Check the arrays and undistort them.
 
@@ -186,9 +186,9 @@ class Frame:
                 )
             depth = np.where(np.isfinite(depth) & (depth > 0), depth, np.nan).astype(np.float32)
             # Nearest: interpolated depth at an edge is a point in the air.
-            depth = camera.undistort(depth, cv2.INTER_NEAREST).astype(np.float32)
+            depth = camera.undistort(depth, cv2.INTER_NEAREST)
         mask = camera.undistort(mask.astype(np.uint8), cv2.INTER_NEAREST).astype(bool)
-        return cls(camera.undistort(image).astype(np.uint8), mask, camera.without_distortion(), depth)
+        return cls(camera.undistort(image), mask, camera.without_distortion(), depth)
 
     @property
     def touches_border(self) -> bool:
@@ -197,5 +197,5 @@ class Frame:
         return x0 == 0 or y0 == 0 or x1 == self.camera.width or y1 == self.camera.height
 
 
-def _size(array: NDArray[np.generic]) -> str:
+def _size(array: NDArray[Any]) -> str:
     return "x".join(str(side) for side in reversed(array.shape[:2])) or "0"

@@ -19,7 +19,7 @@ from torch import Tensor
 def spherical_harmonics(directions: NDArray[np.float64], bandwidth: int) -> NDArray[np.float64]:
     """Values (N, (L+1)²) of the real spherical harmonics at unit vectors (N, 3)."""
     x, y, z = np.moveaxis(directions, -1, 0)
-    polar, azimuth = np.arccos(np.clip(z, -1, 1)), np.arctan2(y, x)
+    polar, azimuth = np.arctan2(np.hypot(x, y), z), np.arctan2(y, x)
     columns = []
     for degree in range(bandwidth + 1):
         for order in range(-degree, degree + 1):
@@ -70,12 +70,11 @@ def wigner_d(R: Tensor, bandwidth: int) -> list[Tensor]:
     Returns:
         For each degree l = 0..L a tensor (N, 2l+1, 2l+1).
     """
-    sine = torch.hypot(R[:, 0, 2], R[:, 1, 2])
-    beta = torch.atan2(sine, R[:, 2, 2])
-    # With β = 0 or π only the sum or difference of α and γ is defined: all of it goes to γ.
-    pole = sine < 1e-6
-    alpha = torch.where(pole, torch.zeros_like(beta), torch.atan2(R[:, 1, 2], R[:, 0, 2]))
-    gamma = torch.where(pole, torch.atan2(R[:, 1, 0], R[:, 1, 1]), torch.atan2(R[:, 2, 1], -R[:, 2, 0]))
+    beta = torch.atan2(torch.hypot(R[:, 0, 2], R[:, 1, 2]), R[:, 2, 2])
+    alpha = torch.atan2(R[:, 1, 2], R[:, 0, 2])
+    # γ from what is left of R after undoing α: right at β = 0 and π too, where α is arbitrary.
+    sine, cosine = alpha.sin(), alpha.cos()
+    gamma = torch.atan2(cosine * R[:, 1, 0] - sine * R[:, 0, 0], cosine * R[:, 1, 1] - sine * R[:, 0, 1])
     result = []
     for degree, quarter in enumerate(_z_to_y(bandwidth)):
         X = quarter.to(R)

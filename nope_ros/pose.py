@@ -14,8 +14,8 @@ from nope_ros.prior import Prior
 
 Array = NDArray[np.float64]
 
-# Standard deviations, measured on renders of training objects (nope_ros.evaluation): how far the enclosing circle of an outline
-# misleads about the object when it is seen from elsewhere, relative to the circle's radius. They grow with the rotation.
+# Standard deviations: how far the enclosing circle of an outline misleads about the object when it is seen from
+# elsewhere, relative to the circle's radius. They grow with the rotation.
 _SIZE_SIGMA = 0.10
 _CENTRE_SIGMA = 0.09
 _SATURATION = np.radians(60)
@@ -194,8 +194,8 @@ def pose_estimate(
     delta_R = distribution.mode.R
     best = modes[0]
 
-    # How far the outline may mislead: not at all when nothing turned, fully beyond 60°. In-plane rotation does not change
-    # an outline, so only the turn of the viewing direction counts.
+    # How far the outline may mislead: not at all when nothing turned, fully beyond 60°. In-plane rotation does not
+    # change an outline, so only the turn of the viewing direction counts.
     turn = np.arccos(np.clip((crop.R_virtual_camera @ delta_R @ crop.R_virtual_camera.T)[2, 2], -1, 1))
     share = min(turn / _SATURATION, 1.0)
     radius_px = crop.angular_radius * crop.K_virtual[0, 0]

@@ -1,8 +1,8 @@
 """Which rotations are possible, given what is known of gravity.
 
 ``free``      nothing is known: a grid over all rotations.
-``upright``   the object keeps its up axis and gravity levels both crops: viewpoints on the sphere, of which those on the
-              camera's side of the horizon count (341 of 642, as in NOPE, Sec. 4).
+``upright``   the object keeps its up axis and gravity levels both crops: viewpoints on the sphere, of which those on
+              the camera's side of the horizon count (341 of 642, as in NOPE, Sec. 4).
 ``standing``  as upright, and the query's elevation is read off gravity too: what remains is the yaw.
 """
 
@@ -55,8 +55,8 @@ def log_prior(prior: Prior, gravity_virtual_query: Array | None) -> Array:
 
     Args:
         prior: "upright" or "standing".
-        gravity_virtual_query: gravity (3,) in the query's virtual camera; None where only "level" is known (upright): the
-            camera is then taken to be above the horizon.
+        gravity_virtual_query: gravity (3,) in the query's virtual camera; None where only "level" is known (upright):
+            the camera is then taken to be above the horizon.
 
     Raises:
         InputError: for "standing" without the query's gravity.

@@ -73,7 +73,9 @@ def icosphere(level: int) -> Array:
     ring = np.arange(5) * (2 * np.pi / 5)
     height, radius = 1 / 5**0.5, 2 / 5**0.5
     upper = np.stack([radius * np.cos(ring), radius * np.sin(ring), np.full(5, height)], axis=1)
-    lower = np.stack([radius * np.cos(ring + np.pi / 5), radius * np.sin(ring + np.pi / 5), np.full(5, -height)], axis=1)
+    lower = np.stack(
+        [radius * np.cos(ring + np.pi / 5), radius * np.sin(ring + np.pi / 5), np.full(5, -height)], axis=1
+    )
     vertices = [np.array([0.0, 0.0, 1.0]), *upper, *lower, np.array([0.0, 0.0, -1.0])]
     near = np.linalg.norm(np.array(vertices)[:, None] - np.array(vertices)[None], axis=-1) < 1.1  # edges are 1.05 long
     faces = [

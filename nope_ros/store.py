@@ -69,7 +69,9 @@ class ObjectStore:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise StoreError(f"storage: {self.folder} cannot be made ({error.strerror}); choose another folder") from None
+            raise StoreError(
+                f"storage: {self.folder} cannot be made ({error.strerror}); choose another folder"
+            ) from None
 
     def _path(self, object_id: str) -> Path:
         return self.folder / (check_object_id(object_id) + _SUFFIX)
@@ -124,7 +126,9 @@ class ObjectStore:
             self._path(object_id).unlink(missing_ok=True)
             _sync_folder(self.folder)
         except OSError as error:
-            raise StoreError(f"storage: '{object_id}' could not be removed from {self.folder} ({error.strerror})") from None
+            raise StoreError(
+                f"storage: '{object_id}' could not be removed from {self.folder} ({error.strerror})"
+            ) from None
 
     def load_all(self, predictor: Predictor, batch_size: int = 1024) -> LoadReport:
         """Read every object; a damaged file, or one made with other weights, is reported and left where it is."""
@@ -146,7 +150,9 @@ class ObjectStore:
         except (SafetensorError, OSError) as error:
             raise StoreError(f"storage: {path} is damaged ({error}); register the object again") from None
         if metadata.get("format") != _FORMAT_VERSION:
-            raise StoreError(f"storage: {path} has format {metadata.get('format')}, this version reads {_FORMAT_VERSION}")
+            raise StoreError(
+                f"storage: {path} has format {metadata.get('format')}, this version reads {_FORMAT_VERSION}"
+            )
         if metadata.get("predictor") != predictor.identity:
             raise StoreError(f"storage: {path} was registered with other weights; register the object again")
         try:

@@ -6,7 +6,7 @@ cross-attention of NOPE's U-Net adds one vector at every pixel, so rotation has 
 (Zhao et al., ICLR 2024) and DVMNet (Zhao et al., CVPR 2024) make the same case for an explicit 3D latent, and
 Image2Sphere (Klee et al., ICLR 2023) for one in harmonics.
 
-Turning keeps norms, so NOPE's likelihood −‖F(e_r, ΔR) − e_q‖² (Nguyen et al., CVPR 2024, Eq. 4) is here a scalar product.
+Turning keeps norms, so NOPE's likelihood −‖F(e_r, ΔR) − e_q‖² (Nguyen et al., CVPR 2024, Eq. 4) is a scalar product.
 """
 
 from __future__ import annotations
@@ -91,7 +91,9 @@ class _Attention(nn.Module):
 
 def _down(channels_in: int, channels_out: int) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(channels_in, channels_out, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(channels_out), nn.ReLU()
+        nn.Conv2d(channels_in, channels_out, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(channels_out),
+        nn.ReLU(),
     )
 
 
@@ -110,6 +112,8 @@ class _Up(nn.Module):
 
 class _PerDegree(nn.Module):
     """A linear map of channels, one for each degree: the only linear maps that commute with every rotation."""
+
+    degrees: Tensor
 
     def __init__(self, bandwidth: int, channels_in: int, channels_out: int, gain: float = 1.0) -> None:
         super().__init__()
@@ -171,15 +175,11 @@ class RotatedLatentNetwork(nn.Module):
         super().__init__()
         self.config = config
         w1, w2, w3 = config.widths
-        self.stem = nn.Sequential(
-            nn.Conv2d(4, w1, 8, stride=4, padding=2, bias=False), nn.BatchNorm2d(w1), nn.ReLU()
-        )
+        self.stem = nn.Sequential(nn.Conv2d(4, w1, 8, stride=4, padding=2, bias=False), nn.BatchNorm2d(w1), nn.ReLU())
         self.encode1 = nn.Sequential(_Block(w1), _Block(w1))
         self.down2, self.encode2 = _down(w1, w2), nn.Sequential(_Block(w2), _Block(w2))
         self.down3 = _down(w2, w3)
-        self.encode3 = nn.Sequential(
-            _Block(w3), _Block(w3), _Attention(w3, (config.crop_size // 16) ** 2), _Block(w3)
-        )
+        self.encode3 = nn.Sequential(_Block(w3), _Block(w3), _Attention(w3, (config.crop_size // 16) ** 2), _Block(w3))
         self.up2, self.decode2 = _Up(w3, w2, w2), _Block(w2)
         self.up1 = _Up(w2, w1, w1 + w1 // 2)
         self.lift = nn.Conv2d(w1 + w1 // 2, config.depths * config.lifted_channels, 1)
@@ -192,6 +192,7 @@ class RotatedLatentNetwork(nn.Module):
         self.out = _PerDegree(config.bandwidth, inner, config.channels, gain=0.1)
 
     def forward(self, crops: Tensor) -> Tensor:
+        """Latents (B, (L+1)², channels) of crops (B, 4, S, S)."""
         x1 = self.encode1(self.stem(crops))
         x2 = self.encode2(self.down2(x1))
         x3 = self.encode3(self.down3(x2))

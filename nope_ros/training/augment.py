@@ -20,18 +20,18 @@ Array = NDArray[np.float64]
 
 
 class AugmentationConfig(BaseModel):
-    """Ranges of the augmentation. Probabilities in 0..1; lengths in pixels of the 128 px render unless said otherwise."""
+    """Ranges of the augmentation: probabilities in 0..1, lengths in pixels of the 128 px render unless said otherwise."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    occluder_probability: float = 0.3
+    occluder_probability: float = 0.25
     occluder_share: tuple[float, float] = (0.05, 0.35)  # of the object's box
     mask_grow: tuple[float, float] = (-2.5, 3.0)  # eroded below zero, leaking background above
     mask_roughness: float = 2.0  # standard deviation of the outline's error
     missing_piece_probability: float = 0.15
-    gain: tuple[float, float] = (0.45, 1.7)
+    gain: tuple[float, float] = (0.5, 1.5)
     gamma: tuple[float, float] = (0.65, 1.5)
-    white_balance: float = 0.12  # standard deviation of each channel's log gain
+    white_balance: float = 0.09  # standard deviation of each channel's log gain
     saturation: tuple[float, float] = (0.4, 1.4)
     shading: float = 0.5  # strongest brightness slope across the object
     highlight_probability: float = 0.2
@@ -169,9 +169,10 @@ def training_view(
     mask: NDArray[np.uint8] = (alpha > 127).astype(np.uint8) * np.uint8(255)
     if config is not None:
         mask = damaged_mask(alpha, config, rng)
-        visible = (alpha.astype(np.uint16)[..., None] * rgb + (255 - alpha.astype(np.uint16))[..., None] * (
-            _background(rng, rgb.shape[0]).astype(np.uint16)
-        )) // 255
+        visible = (
+            alpha.astype(np.uint16)[..., None] * rgb
+            + (255 - alpha.astype(np.uint16))[..., None] * (_background(rng, rgb.shape[0]).astype(np.uint16))
+        ) // 255
         rgb = photographed(visible.astype(np.uint8), config, rng)
     points = outline(mask)
     camera = virtual_camera(points, K, size)

@@ -51,7 +51,7 @@ def candidates(bandwidth: int, sigma_deg: float, seed: int, grid_level: int = 2)
     local = [np.radians(spread) * rng.normal(size=(count, 3)) for spread, count in spreads.items()]
     rotations = np.concatenate([grid, Rotation.from_rotvec(np.concatenate(local)).as_matrix()])
     angle = Rotation.from_matrix(rotations).magnitude()
-    # Density of the uniform distribution in rotation vectors of this length, the measure the Gaussians are densities in.
+    # Density of the uniform distribution in rotation vectors of this length, as the Gaussians' densities are.
     uniform = (1 - np.cos(angle)) / (4 * np.pi**2 * np.maximum(angle, 1e-6) ** 2)
     density = float(len(grid)) * np.ones(len(rotations))
     for spread, count in spreads.items():

@@ -1,10 +1,11 @@
 """Training batches: several views of each of several objects, every pair of views of one object being an example.
 
-Encoding costs nearly everything and scoring a pair next to nothing, so V views give V(V−1)/2 examples for the price of V.
+Encoding costs nearly everything and scoring a pair next to nothing: V views give V(V−1)/2 examples for the price of V.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import zlib
 from collections.abc import Iterator
@@ -56,17 +57,16 @@ class RenderCache:
             self.R = views["R_camera_object"].astype(np.float64)
             self.K = views["K"].astype(np.float64)
             object_index = views["object_index"]
-        manifest = json.loads((folder / "manifest.json").read_text())
-        self.names: list[str] = [entry["name"] for entry in manifest["objects"]]
-        self.asymmetry = [entry.get("asymmetry") for entry in manifest["objects"]]
+            self.names: list[str] = json.loads(str(views["names"]))
+            self.asymmetry = views["asymmetry"].astype(np.float64)  # NaN where unknown
+            self.procedural = views["procedural"].astype(bool)
         order = np.argsort(object_index, kind="stable")
         starts = np.searchsorted(object_index[order], np.arange(len(self.names) + 1))
-        self.views = [order[a:b] for a, b in zip(starts[:-1], starts[1:], strict=True)]
+        self.views = [order[a:b] for a, b in itertools.pairwise(starts)]
         self.directions = -np.einsum("nji,nj->ni", self.R, np.broadcast_to([0.0, 0.0, 1.0], (len(self.R), 3)))
         # By name, not by position or random state: the split stays the same whatever else is in the cache.
         fraction = np.array([zlib.crc32(name.encode()) / 2**32 for name in self.names])
         self.held_out = fraction < config.validation_share
-        self.procedural = np.array([name.startswith("procedural") for name in self.names])
 
 
 class PairDataset(IterableDataset[Batch]):
@@ -85,13 +85,8 @@ class PairDataset(IterableDataset[Batch]):
         self.seed, self.first_batch, self.validation = seed, first_batch, validation
         self.cache = RenderCache(config)
         cache = self.cache
-        weight = np.array(
-            [
-                config.symmetric_weight if value is not None and value < config.symmetric_below else 1.0
-                for value in cache.asymmetry
-            ]
-        )
-        weight *= (cache.held_out == validation) & np.array([len(views) >= config.views_per_object for views in cache.views])
+        weight = np.where(cache.asymmetry < config.symmetric_below, config.symmetric_weight, 1.0)
+        weight *= cache.held_out == validation
         share = np.zeros_like(weight)
         for kind, part in ((cache.procedural, 1 - config.mesh_share), (~cache.procedural, config.mesh_share)):
             total = (weight * kind).sum()

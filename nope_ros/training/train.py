@@ -1,7 +1,7 @@
 """Learn the weights of the rotated latent: ``nope-ros train CONFIG``.
 
-Training is bounded by wall-clock time, not by steps: the learning rate follows the share of the budget that is spent, so
-that a run on a slow machine ends as well-annealed as one on a fast machine. A run resumes from its last checkpoint.
+Training is bounded by wall-clock time, not by steps: the learning rate follows the share of the budget that is spent,
+so that a run on a slow machine ends as well-annealed as one on a fast machine. A run resumes from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 from nope_ros.models.rotated_latent import RotatedLatentConfig, RotatedLatentNetwork
-from nope_ros.rotations import geodesic_distance
 from nope_ros.training.augment import AugmentationConfig
 from nope_ros.training.likelihood import Candidates, candidates, pose_loss
 from nope_ros.training.pairs import Batch, DataConfig, PairDataset
@@ -86,7 +85,10 @@ def batch_loss(
     latents = model(_prepare(batch.crops)).float().unflatten(0, (objects, views))
     first, second = _pairs(views)
     reference, query = latents[:, first].flatten(0, 1), latents[:, second].flatten(0, 1)
-    R_reference, R_query = batch.R_virtual_object[:, first].flatten(0, 1), batch.R_virtual_object[:, second].flatten(0, 1)
+    R_reference, R_query = (
+        batch.R_virtual_object[:, first].flatten(0, 1),
+        batch.R_virtual_object[:, second].flatten(0, 1),
+    )
     delta_R = R_query @ R_reference.mT
     loss, logits = pose_loss(query, reference, delta_R, scale, samples)
     # Degree 0 does not turn, so the pose says nothing about it: it learns which object this is.
@@ -107,7 +109,7 @@ def validate(model: nn.Module, scale: Tensor, batches: list[Batch], samples: Can
     losses, errors, overlap = [], [], []
     angle_of = None
     for batch in batches:
-        loss, logits, delta_R = batch_loss(model, scale, batch, samples, identity_weight=0.0)
+        loss, logits, _ = batch_loss(model, scale, batch, samples, identity_weight=0.0)
         if angle_of is None:
             # Candidate 0.. are rotations left-multiplied to the truth; their angle is the error of choosing them.
             angle_of = samples_angle(samples)
@@ -155,7 +157,8 @@ def train(config_path: Path, out: Path, overrides: dict[str, object] | None = No
     out.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator(mixed_precision="bf16", cpu=not torch.cuda.is_available())
     network_config = config.network_config
-    learner = _Learner(network_config).to(memory_format=torch.channels_last)
+    learner = _Learner(network_config)
+    learner.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs leave it out
     decay = [p for p in learner.parameters() if p.ndim > 1]
     rest = [p for p in learner.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW(
@@ -170,7 +173,9 @@ def train(config_path: Path, out: Path, overrides: dict[str, object] | None = No
         step, spent = _load(checkpoint, learner, average, optimizer)
         print(f"resumed after {step} steps, {spent / 60:.1f} minutes")
     dataset = PairDataset(config.data, config.augmentation, network_config.crop_size, config.seed, first_batch=step)
-    loader = DataLoader(dataset, batch_size=None, num_workers=config.workers, prefetch_factor=4 if config.workers else None)
+    loader = DataLoader(
+        dataset, batch_size=None, num_workers=config.workers, prefetch_factor=4 if config.workers else None
+    )
     held_out = PairDataset(config.data, config.augmentation, network_config.crop_size, config.seed, validation=True)
     validation = [held_out.batch(np.random.default_rng((1, n))) for n in range(config.validation_batches)]
     sets = [candidates(network_config.bandwidth, config.sigma_deg, seed) for seed in range(config.candidate_sets)]
@@ -200,15 +205,24 @@ def train(config_path: Path, out: Path, overrides: dict[str, object] | None = No
         now = time.monotonic()
         spent, last = spent + now - last, now
         if step % 20 == 0 and accelerator.is_main_process:
-            _log(out, {"step": step, "minutes": spent / 60, "left": (budget - spent) / 60,
-                       "loss": float(np.mean(running)), "rate": rate, "scale": bare.log_scale.exp().item()})
+            _log(
+                out,
+                {
+                    "step": step,
+                    "minutes": spent / 60,
+                    "left": (budget - spent) / 60,
+                    "loss": float(np.mean(running)),
+                    "rate": rate,
+                    "scale": bare.log_scale.exp().item(),
+                },
+            )
             running.clear()
         done = spent >= budget
         if accelerator.is_main_process and (done or spent >= next_validation):
             next_validation = spent + config.validate_minutes * 60
             _save(checkpoint, learner=bare, average=average, optimizer=optimizer, step=step, spent=spent)
             with accelerator.autocast():
-                scale = average.module.log_scale.exp()
+                scale = average.module.get_parameter("log_scale").exp()
                 row = validate(average.module, scale, validation, sets[0])
             _log(out, {"step": step, "minutes": spent / 60, **{f"val_{k}": v for k, v in row.items()}})
             last = time.monotonic()  # validation is not training time

@@ -1,0 +1,250 @@
+"""The whole walk with real networks, and objects on disk. Accuracy has its own tests; here the weights are random."""
+
+import os
+import resource
+import signal
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from nope_ros import InputError, PoseEstimator
+from nope_ros.latent import RotatedLatentPredictor
+from nope_ros.models.rotated_latent import RotatedLatentConfig, RotatedLatentNetwork
+from nope_ros.rotations import exp, geodesic_distance, look_at
+from nope_ros.store import ObjectStore, StoreError, check_object_id
+from nope_ros.training.procedural import procedural_object
+from nope_ros.training.render import Lighting, render
+
+K = np.array([[400.0, 0, 159.5], [0, 400.0, 119.5], [0, 0, 1]])
+MESH = procedural_object(5).normalised()[0]
+REFERENCE = look_at(np.array([1.0, 0.4, 0.6]))
+
+
+def seen(R=REFERENCE, t=(0.0, 0.0, 8.0), intrinsics=K):
+    view = render(MESH, R, np.asarray(t, dtype=float), intrinsics, 320, 240, lighting=Lighting.uniform())
+    return view.rgb, view.mask, intrinsics
+
+
+def gravity(R=REFERENCE):
+    return R @ [0, 0, -1.0]
+
+
+@pytest.fixture(scope="module")
+def estimator():
+    torch.manual_seed(0)
+    network = RotatedLatentNetwork(RotatedLatentConfig(widths=(32, 32, 32), crop_size=64))
+    # Untrained latents are tiny; this temperature makes their likelihood as sharp as a trained one's.
+    return PoseEstimator(RotatedLatentPredictor(network, temperature=1e-4))
+
+
+@pytest.mark.parametrize("prior", ["free", "upright", "standing"])
+def test_the_reference_itself_has_not_moved(estimator, prior):
+    registered = estimator.register(*seen(), gravity_camera=gravity(), reference_distance=8.0)
+    pose = estimator.estimate(*seen(), registered, prior=prior, gravity_camera=gravity())
+    assert pose.prior == prior
+    assert np.degrees(geodesic_distance(pose.delta_R, np.eye(3))) < 12  # nearest of the grid
+    np.testing.assert_allclose(pose.t_camera_object, registered.reference.t_camera_object, atol=1e-6)
+    assert pose.similarity > 0.6  # of the nearest template
+    assert pose.metric
+
+
+def test_template_counts_are_those_of_the_grids(estimator):
+    assert estimator.register(*seen()).template_count == 4608
+    assert estimator.register(*seen(), gravity_camera=gravity()).template_count == 642
+
+
+def test_one_object_takes_less_than_20_megabytes(estimator):
+    registered = estimator.register(*seen())
+    assert registered.free_bank.megabytes < 20
+
+
+def test_batches_bound_memory_and_change_nothing(estimator):
+    one = estimator.register(*seen(), gravity_camera=gravity())
+    other = PoseEstimator(estimator.predictor, batch_size=100).register(*seen(), gravity_camera=gravity())
+    torch.testing.assert_close(one.upright_bank.templates, other.upright_bank.templates)
+
+
+def test_distance_follows_apparent_size_and_focal_lengths(estimator):
+    registered = estimator.register(*seen(), reference_distance=8.0)
+    zoomed = K * [[2.0], [2.0], [1.0]]
+    zoomed[:2, 2] = K[:2, 2]
+    for intrinsics, t in ((K, (0, 0, 12.0)), (K, (1.5, -0.6, 9.0)), (zoomed, (0.3, 0.2, 16.0))):
+        # Turned with its ray, the object shows the same face: its size follows from distance alone.
+        ray = np.array(t) / np.linalg.norm(t)
+        turn = exp(np.array([-np.arcsin(ray[1]), np.arctan2(ray[0], ray[2]), 0]))
+        pose = estimator.estimate(*seen(turn @ REFERENCE, t, intrinsics), registered)
+        np.testing.assert_allclose(pose.t_camera_object, t, rtol=0, atol=0.03 * np.linalg.norm(t))
+
+
+@pytest.mark.parametrize(
+    "given, distance",
+    [({"reference_distance": 2.5}, 2.5), ({"t_camera_object": np.array([0, 0, 3.0])}, 3.0), ({"depth": True}, 8.0)],
+)
+def test_scale_is_metric_when_a_length_is_known(estimator, given, distance):
+    if "depth" in given:
+        view = render(MESH, REFERENCE, np.array([0, 0, 8.0]), K, 320, 240, lighting=Lighting.uniform())
+        given = {"depth": view.depth}
+    registered = estimator.register(*seen(), **given)
+    assert registered.metric
+    assert registered.reference.t_camera_object[2] == pytest.approx(distance, rel=0.08)
+
+
+def test_without_a_length_the_reference_distance_is_the_unit(estimator):
+    registered = estimator.register(*seen())
+    assert not registered.metric
+    assert np.linalg.norm(registered.reference.t_camera_object) == pytest.approx(1)
+
+
+def test_object_diameter_gives_scale(estimator):
+    registered = estimator.register(*seen(), object_diameter=2.0)  # the object's bounding sphere
+    assert registered.reference.distance == pytest.approx(8.0, rel=0.25)
+
+
+def test_a_reference_pose_names_the_object_frame(estimator):
+    t = np.array([0.1, -0.2, 8.1])
+    registered = estimator.register(*seen(), R_camera_object=REFERENCE, t_camera_object=t)
+    pose = estimator.estimate(*seen(), registered)
+    np.testing.assert_allclose(pose.R_camera_object, pose.delta_R @ REFERENCE, atol=1e-9)
+    np.testing.assert_allclose(registered.reference.t_camera_object, t)
+    with pytest.raises(InputError, match="not a rotation"):
+        estimator.register(*seen(), R_camera_object=np.eye(3) * 2)
+    with pytest.raises(InputError, match="in front of the camera"):
+        estimator.register(*seen(), t_camera_object=np.array([0, 0, -1.0]))
+    with pytest.raises(InputError, match="reference_distance"):
+        estimator.register(*seen(), reference_distance=-1.0)
+
+
+def test_covariance_is_symmetric_positive_and_follows_the_lever(estimator):
+    registered = estimator.register(*seen(), R_camera_object=REFERENCE, t_camera_object=np.array([0.5, 0.3, 8.0]))
+    pose = estimator.estimate(*seen(look_at(np.array([1, -0.3, 0.4]))), registered)
+    np.testing.assert_allclose(pose.covariance, pose.covariance.T)
+    assert np.linalg.eigvalsh(pose.covariance).min() > 0
+    # Sampling: turning the rotation by ω moves an origin off the centre by ω × offset.
+    rng = np.random.default_rng(0)
+    small = 1e-3 * rng.normal(size=(20000, 3))
+    arm = pose.R_camera_object @ registered.reference.offset_object
+    moved = exp(small) @ arm - arm
+    measured = moved.T @ small / len(small) / 1e-6
+    predicted = pose.covariance[:3, 3:] @ np.linalg.inv(pose.covariance[3:, 3:])
+    np.testing.assert_allclose(measured, predicted, atol=0.03)
+
+
+def test_gravity_that_is_no_direction_is_refused(estimator):
+    for bad in (np.zeros(3), np.array([np.nan, 0, 1]), np.ones(2)):
+        with pytest.raises(InputError, match="gravity_camera"):
+            estimator.register(*seen(), gravity_camera=bad)
+
+
+def test_estimating_before_registering_says_so(estimator):
+    with pytest.raises(InputError, match=r"register\(\) first"):
+        PoseEstimator(estimator.predictor).estimate(*seen())
+
+
+def test_threads_get_the_answers_one_gets_alone(estimator):
+    registered = estimator.register(*seen(), gravity_camera=gravity())
+    views = [look_at(np.array([1, y, 0.5])) for y in np.linspace(-1, 1, 6)]
+    images = [seen(R) for R in views]
+    alone = [estimator.estimate(*image, registered).R_camera_object for image in images]
+    together: list = [None] * len(images)
+
+    def work(index):
+        together[index] = estimator.estimate(*images[index], registered).R_camera_object
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(images))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    np.testing.assert_allclose(together, alone)
+
+
+# Objects on disk
+
+
+def test_an_object_comes_back_as_it_was(estimator, tmp_path):
+    registered = estimator.register(*seen(), object_id="cup-1", gravity_camera=gravity(), object_diameter=0.2)
+    ObjectStore(tmp_path / "deep" / "store").save(registered)
+    report = ObjectStore(tmp_path / "deep" / "store").load_all(estimator.predictor)
+    assert not report.problems
+    (back,) = report.objects
+    assert back.object_id == "cup-1" and back.metric and back.gravity_known
+    query = seen(look_at(np.array([1, 0.1, 0.5])))
+    for prior in ("free", "upright"):
+        before = estimator.estimate(*query, registered, prior=prior)
+        after = estimator.estimate(*query, back, prior=prior)
+        np.testing.assert_array_equal(before.covariance, after.covariance)
+        np.testing.assert_array_equal(before.t_camera_object, after.t_camera_object)
+
+
+def test_a_damaged_or_foreign_file_is_reported_and_the_others_load(estimator, tmp_path):
+    store = ObjectStore(tmp_path)
+    for name in ("a", "b", "c"):
+        store.save(replace(estimator.register(*seen()), object_id=name))
+    path = tmp_path / "b.object.safetensors"
+    path.write_bytes(path.read_bytes()[:200])
+    (tmp_path / "d.object.safetensors").write_bytes(b"")
+    (tmp_path / ".e.object.safetensors.1.partial").write_bytes(b"half")
+    report = store.load_all(estimator.predictor)
+    assert [o.object_id for o in report.objects] == ["a", "c"]
+    assert (
+        len(report.problems) == 2
+        and "b.object" in report.problems[0]
+        and "register the object again" in report.problems[0]
+    )
+    other = RotatedLatentPredictor(RotatedLatentNetwork(RotatedLatentConfig(widths=(32, 32, 32), crop_size=64)))
+    report = store.load_all(other)
+    assert not report.objects and any("other weights" in problem for problem in report.problems)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere: a read-only folder cannot be made")
+def test_a_read_only_folder_is_named(estimator, tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(StoreError, match="could not be written"):
+        ObjectStore(tmp_path).save(estimator.register(*seen()))
+
+
+def test_a_failed_write_keeps_the_older_file_and_leaves_no_other(estimator, tmp_path):
+    store = ObjectStore(tmp_path)
+    registered = estimator.register(*seen())
+    store.save(registered)
+    before = (tmp_path / "object.object.safetensors").read_bytes()
+    # A file system without room answers the same way as a limit on the size of files.
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(StoreError, match="could not be written"):
+            store.save(estimator.register(*seen(), object_diameter=1.0))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [path.name for path in tmp_path.iterdir()] == ["object.object.safetensors"]
+    assert (tmp_path / "object.object.safetensors").read_bytes() == before
+
+
+def test_a_folder_that_cannot_be_made_is_named(estimator, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="cannot be made"):
+        ObjectStore(tmp_path / "file" / "store")
+
+
+def test_delete_forgets(estimator, tmp_path):
+    store = ObjectStore(tmp_path)
+    store.save(replace(estimator.register(*seen()), object_id="gone"))
+    store.delete("gone")
+    store.delete("gone")
+    assert not store.load_all(estimator.predictor).objects
+
+
+@pytest.mark.parametrize("bad", ["", ".", "..", "../x", "a/b", "a\\b", "x" * 300, "-rf", "a b", "é", "a\n", "\0"])
+def test_unsafe_object_ids_are_refused(bad):
+    with pytest.raises(InputError, match="object_id"):
+        check_object_id(bad)
+
+
+@pytest.mark.parametrize("good", ["mug", "Mug_2", "box-3.v1", "7"])
+def test_safe_object_ids_pass(good):
+    assert check_object_id(good) == good
