@@ -15,8 +15,8 @@ Array = NDArray[np.float64]
 
 MODE_SEPARATION = np.radians(20.0)
 CONFIDENCE_RADIUS = np.radians(30.0)
-# A mode is the mean over this radius around itself. For a peak of 8° that is ten times finer than the nearest point of a
-# 15° grid (7.6° off at the median); a smaller radius sees too few points of the grid, a larger one the next mode.
+# A mode is the mean over this radius around itself. For a peak of 8° that is ten times finer than the nearest point of
+# a 15° grid (7.6° off at the median); a smaller radius sees too few points of the grid, a larger one the next mode.
 _PEAK_RADIUS = np.radians(24.0)
 _MOST_MODES = 8
 

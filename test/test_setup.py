@@ -125,9 +125,6 @@ def test_message_constants():
     ] == [0, 1, 2, 3]
 
 
-@pytest.mark.xfail(
-    strict=False, reason="nope_ros/__init__.py imports the estimator, and so torch; it must do so lazily"
-)
 def test_messages_need_no_networks(tmp_path):
     # Whoever only reads our topics (ros2 topic echo, another node) has no torch.
     code = (

@@ -20,25 +20,25 @@ Array = NDArray[np.float64]
 
 
 class AugmentationConfig(BaseModel):
-    """Ranges of the augmentation: probabilities in 0..1, lengths in pixels of the 128 px render unless said otherwise."""
+    """Ranges of the augmentation: probabilities in 0..1, lengths in pixels of the 128 px render where not said."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    occluder_probability: float = 0.25
+    occluder_probability: float = 0.2
     occluder_share: tuple[float, float] = (0.05, 0.35)  # of the object's box
-    mask_grow: tuple[float, float] = (-2.5, 3.0)  # eroded below zero, leaking background above
+    mask_grow: tuple[float, float] = (-2.0, 2.5)  # eroded below zero, leaking background above
     mask_roughness: float = 2.0  # standard deviation of the outline's error
     missing_piece_probability: float = 0.15
     gain: tuple[float, float] = (0.5, 1.5)
-    gamma: tuple[float, float] = (0.65, 1.5)
+    gamma: tuple[float, float] = (0.7, 1.4)
     white_balance: float = 0.09  # standard deviation of each channel's log gain
     saturation: tuple[float, float] = (0.4, 1.4)
-    shading: float = 0.5  # strongest brightness slope across the object
+    shading: float = 0.4  # strongest brightness slope across the object
     highlight_probability: float = 0.2
     noise: tuple[float, float] = (0.0, 0.05)  # standard deviation, of full scale
     blur: tuple[float, float] = (0.0, 1.6)  # Gaussian sigma
     motion_blur_probability: float = 0.1
-    low_resolution_probability: float = 0.25
+    low_resolution_probability: float = 0.15
     jpeg_probability: float = 0.4
     jpeg_quality: tuple[int, int] = (25, 90)
     clean_probability: float = 0.1  # no photometric change at all
