@@ -30,6 +30,8 @@ from nope_ros.node import topics
 from nope_ros.srv import ListObjects, RegisterObject, UnregisterObject
 
 FRAME = "camera_optical"
+# One side of a connection knows of it before the other does, and what is sent in between is lost.
+_SETTLE = 0.3
 WIDTH, HEIGHT = 320, 240
 K = np.array([[300.0, 0, 160], [0, 300.0, 120], [0, 0, 1]])
 
@@ -80,11 +82,12 @@ class Robot:
 
     def __init__(self, name: str = "/nope") -> None:
         self.name = name
-        self.node = rclpy.create_node("robot")
+        self.node = rclpy.create_node("robot" + name.replace("/", "_"))
         self.received: dict[str, list[Any]] = defaultdict(list)
         self.arrived: dict[str, list[float]] = defaultdict(list)
         self._publishers: dict[str, Any] = {}
-        self._clients: dict[type, Any] = {}
+        self._clients: dict[tuple[type, str], Any] = {}
+        self._heard: set[str] = set()
         self._executor = SingleThreadedExecutor()
         self._executor.add_node(self.node)
         self._thread = threading.Thread(target=self._executor.spin, daemon=True)
@@ -99,10 +102,16 @@ class Robot:
         if topic not in self._publishers:
             self._publishers[topic] = self.node.create_publisher(type(message), topic, QoSProfile(depth=10))
             self.until(lambda: self._publishers[topic].get_subscription_count() > 0, f"a subscriber of {topic}")
+            time.sleep(_SETTLE)
         self._publishers[topic].publish(message)
 
     def listen(self, endpoint: topics.Endpoint, topic: str = "") -> str:
         topic = topic or endpoint.name.replace("~", self.name)
+        self.received[topic].clear()
+        self.arrived[topic].clear()
+        if topic in self._heard:
+            return topic
+        self._heard.add(topic)
 
         def receive(message: Any) -> None:
             self.arrived[topic].append(time.monotonic())
@@ -110,6 +119,7 @@ class Robot:
 
         self.node.create_subscription(endpoint.type, topic, receive, topics.output_qos())
         self.until(lambda: self.node.count_publishers(topic) > 0, f"a publisher of {topic}")
+        time.sleep(_SETTLE)
         return topic
 
     def frame(self, image: np.ndarray, mask: np.ndarray, encoding: str = "mono8", when: int | None = None) -> int:
@@ -147,14 +157,14 @@ class Robot:
         return future.result()
 
     def register(
-        self, object_id: str, image: np.ndarray | None = None, mask: np.ndarray | None = None, **more: Any
+        self, object_id: str, pixels: np.ndarray | None = None, silhouette: np.ndarray | None = None, **more: Any
     ) -> Any:
         request = RegisterObject.Request(object_id=object_id)
-        if image is not None:
-            request.image = image_message(image, "rgb8")
+        if pixels is not None:
+            request.image = image_message(pixels, "rgb8")
             request.camera_info = camera_info_message()
-        if mask is not None:
-            request.mask = image_message(mask, "mono8" if mask.dtype == np.uint8 else "16UC1")
+        if silhouette is not None:
+            request.mask = image_message(silhouette, "mono8" if silhouette.dtype == np.uint8 else "16UC1")
         for name, value in more.items():
             setattr(request, name, value)
         return self.call(RegisterObject, f"{self.name}/register_object", request)

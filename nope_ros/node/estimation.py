@@ -87,7 +87,7 @@ def estimate(
     image = messages.image_array(match.image)
     camera = messages.camera(match.camera_info, rectified=settings.rectified)
     ids = messages.mask_array(match.mask)
-    if not ids.any():
+    if not ids.any() and ids.shape == image.shape[:2]:
         complain("mask: no pixel is set, nothing is in view")
         return Result(header, image, camera.without_distortion(), ())
     # The whole mask as one object: checks and undistorts the image once for all instances.
