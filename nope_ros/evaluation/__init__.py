@@ -1,0 +1,1 @@
+"""How well poses are estimated, on photographs, renders and BOP datasets: ``nope-ros evaluate``."""

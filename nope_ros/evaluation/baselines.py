@@ -1,0 +1,188 @@
+"""What is compared on the same pairs: ours, and what anyone could do instead."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from nope_ros.crop import Crop, virtual_crop
+from nope_ros.distribution import RotationDistribution
+from nope_ros.estimator import PoseEstimator
+from nope_ros.evaluation.protocol import Answer, Observation, generator
+from nope_ros.frame import Frame
+from nope_ros.prior import Prior, free_rotations, log_prior, upright_rotations
+
+Array = NDArray[np.float64]
+
+OURS = "nope_ros"
+CHANCE = "chance"
+NO_MOTION = "no motion"
+SIFT = "SIFT"
+
+
+class EstimatorMethod:
+    """The product itself, through the calls its users make."""
+
+    def __init__(self, estimator: PoseEstimator, name: str = OURS) -> None:
+        self.name = name
+        self.estimator = estimator
+
+    def register(self, reference: Observation, R_camera_object: Array, t_camera_object: Array) -> Any:
+        """Templates of the reference."""
+        return self.estimator.register_frame(
+            reference.frame,
+            R_camera_object=R_camera_object,
+            t_camera_object=t_camera_object,
+            gravity_camera=reference.gravity_camera,
+        )
+
+    def estimate(self, registered: list[Any], query: Observation, prior: Prior) -> list[Answer]:
+        """The query is encoded once for all references."""
+        estimates = self.estimator.estimate_frame(
+            query.frame, registered, prior=prior, gravity_camera=query.gravity_camera
+        )
+        return [Answer(one.delta_R, one.distribution, one.t_camera_object, one.confidence) for one in estimates]
+
+
+class NoMotion:
+    """Says that nothing turned."""
+
+    name = NO_MOTION
+
+    def register(self, reference: Observation, R_camera_object: Array, t_camera_object: Array) -> Any:
+        """Nothing."""
+        return None
+
+    def estimate(self, registered: list[Any], query: Observation, prior: Prior) -> list[Answer]:
+        """The identity."""
+        return [Answer(np.eye(3)) for _ in registered]
+
+
+@dataclass(frozen=True)
+class _ReferenceCrop:
+    crop: Crop
+    gravity_virtual: Array | None
+    key: str
+
+
+class Chance:
+    """Draws a rotation from what the protocol allows."""
+
+    name = CHANCE
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+
+    def register(self, reference: Observation, R_camera_object: Array, t_camera_object: Array) -> Any:
+        """Where the crop looks."""
+        return _ReferenceCrop(*_crop(reference), reference.key)
+
+    def estimate(self, registered: list[Any], query: Observation, prior: Prior) -> list[Answer]:
+        """One rotation drawn from the prior."""
+        crop, gravity_virtual = _crop(query)
+        answers = []
+        for reference in registered:
+            if prior == "free" or reference.gravity_virtual is None:
+                rotations, weights = free_rotations(), None
+            else:
+                rotations = upright_rotations(reference.gravity_virtual)
+                weights = log_prior(prior, gravity_virtual)
+            knows = RotationDistribution.from_log_likelihood(rotations, np.zeros(len(rotations)), weights)
+            egocentric = knows.transformed(crop.R_virtual_camera.T, reference.crop.R_virtual_camera)
+            rng = generator(self.seed, reference.key, query.key, prior, "chance")
+            drawn = rng.choice(len(rotations), p=knows.probabilities)
+            answers.append(Answer(egocentric.rotations[drawn]))
+        return answers
+
+
+def _crop(observation: Observation) -> tuple[Crop, Array | None]:
+    gravity = observation.gravity_camera
+    crop = virtual_crop(observation.frame, 16, gravity)
+    return crop, None if gravity is None else crop.R_virtual_camera @ gravity
+
+
+@dataclass(frozen=True)
+class _Keypoints:
+    rays: Array  # (N, 2), on the plane z = 1
+    descriptors: NDArray[np.float32] | None
+    focal: float
+    key: str
+
+
+class SiftEssential:
+    """SIFT matches on the object, the essential matrix by RANSAC, and "no motion" where that fails.
+
+    It has no use for gravity: its answer is the same under each protocol.
+    """
+
+    name = SIFT
+    ratio = 0.8
+    threshold_px = 1.0
+    side = 480
+
+    def __init__(self) -> None:
+        self._sift = cv2.SIFT.create()
+        # Each image is asked about under several protocols, and each pair too.
+        self._seen: dict[str, _Keypoints] = {}
+        self._answers: dict[tuple[str, str], Array] = {}
+
+    def register(self, reference: Observation, R_camera_object: Array, t_camera_object: Array) -> Any:
+        """Its keypoints."""
+        return self._keypoints(reference)
+
+    def estimate(self, registered: list[Any], query: Observation, prior: Prior) -> list[Answer]:
+        """One essential matrix for each reference."""
+        seen = self._keypoints(query)
+        return [Answer(self._rotation(reference, seen)) for reference in registered]
+
+    def _keypoints(self, observation: Observation) -> _Keypoints:
+        if observation.key not in self._seen:
+            if len(self._seen) >= 256:  # bounds memory; objects come one after the other
+                self._seen.clear()
+            self._seen[observation.key] = self._detect(observation.key, observation.frame)
+        return self._seen[observation.key]
+
+    def _detect(self, key: str, frame: Frame) -> _Keypoints:
+        # Objects are often small in the image; SIFT finds more on an enlarged one.
+        x0, y0, x1, y1 = frame.bbox_xyxy
+        scale = float(np.clip(self.side / max(x1 - x0, y1 - y0), 1, 4))
+        size = (round(scale * (x1 - x0)), round(scale * (y1 - y0)))
+        grey = cv2.cvtColor(frame.image[y0:y1, x0:x1], cv2.COLOR_RGB2GRAY)
+        grey = cv2.resize(grey, size, interpolation=cv2.INTER_CUBIC)
+        mask = cv2.resize(frame.mask[y0:y1, x0:x1].astype(np.uint8), size, interpolation=cv2.INTER_NEAREST)
+        points, descriptors = self._sift.detectAndCompute(grey, mask)
+        K = frame.camera.K
+        enlarged = np.array([point.pt for point in points], dtype=np.float64).reshape(-1, 2)
+        pixels = (enlarged + 0.5) * [(x1 - x0) / size[0], (y1 - y0) / size[1]] - 0.5 + [x0, y0]
+        rays = np.column_stack([pixels, np.ones(len(pixels))]) @ np.linalg.inv(K).T
+        return _Keypoints(rays[:, :2], descriptors, float(K[0, 0]), key)
+
+    def _rotation(self, reference: _Keypoints, query: _Keypoints) -> Array:
+        key = (reference.key, query.key)
+        if key not in self._answers:
+            self._answers[key] = self._solve(reference, query)
+        return self._answers[key]
+
+    def _solve(self, reference: _Keypoints, query: _Keypoints) -> Array:
+        if reference.descriptors is None or query.descriptors is None or len(query.descriptors) < 2:
+            return np.eye(3)
+        matches = cv2.BFMatcher().knnMatch(reference.descriptors, query.descriptors, k=2)
+        good = [best for best, second in matches if best.distance < self.ratio * second.distance]
+        if len(good) < 6:  # the five-point method, and one to check it
+            return np.eye(3)
+        first = reference.rays[[match.queryIdx for match in good]]
+        second = query.rays[[match.trainIdx for match in good]]
+        threshold = self.threshold_px / (0.5 * (reference.focal + query.focal))
+        cv2.setRNGSeed(0)
+        essential, inliers = cv2.findEssentialMat(
+            first, second, np.eye(3), method=cv2.RANSAC, prob=0.999, threshold=threshold
+        )
+        if essential is None or essential.shape[0] < 3:
+            return np.eye(3)
+        _, R, _, _ = cv2.recoverPose(essential[:3], first, second, np.eye(3), mask=inliers)
+        rotation: Array = np.asarray(R, dtype=np.float64)
+        return rotation if np.isfinite(rotation).all() else np.eye(3)

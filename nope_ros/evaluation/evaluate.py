@@ -1,0 +1,572 @@
+"""Runs methods over test sets and reports: ``nope-ros evaluate photos|meshes|procedural|bop``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from nope_ros.estimator import PoseEstimator
+from nope_ros.evaluation.baselines import OURS, Chance, EstimatorMethod, NoMotion, SiftEssential
+from nope_ros.evaluation.metrics import PairScore, Scores, calibration
+from nope_ros.evaluation.protocol import (
+    REFERENCES,
+    Answer,
+    EvaluationObject,
+    EvaluationSet,
+    Method,
+    Occluder,
+    View,
+    observation,
+)
+from nope_ros.frame import Frame, InputError
+from nope_ros.prior import PRIORS, Prior
+
+Array = NDArray[np.float64]
+
+SUBSETS = ("all", "within_90")
+_TABLE_WIDTH = 160
+
+
+@dataclass(frozen=True)
+class MethodReport:
+    """Figures of one method under one protocol.
+
+    Attributes:
+        subsets: for each of ``SUBSETS``, over pairs.
+        object_mean: the same, over objects.
+        objects: figures of each object, for each of ``SUBSETS``.
+    """
+
+    subsets: dict[str, Scores]
+    object_mean: dict[str, Scores]
+    objects: dict[str, dict[str, Scores]]
+
+    @classmethod
+    def of(cls, scores: Sequence[PairScore]) -> MethodReport:
+        """The figures of some pairs."""
+        by_object: dict[str, list[PairScore]] = defaultdict(list)
+        for score in scores:
+            by_object[score.object_name].append(score)
+        objects = {name: _by_subset(part) for name, part in sorted(by_object.items())}
+        return cls(
+            _by_subset(scores),
+            {subset: Scores.mean([one[subset] for one in objects.values()]) for subset in SUBSETS},
+            objects,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; the subsets on top."""
+        return {
+            **{
+                subset: {**self.subsets[subset].to_dict(), "object_mean": self.object_mean[subset].to_dict()}
+                for subset in SUBSETS
+            },
+            "objects": {
+                name: {subset: scores.to_dict() for subset, scores in subsets.items()}
+                for name, subsets in self.objects.items()
+            },
+        }
+
+
+def _by_subset(scores: Sequence[PairScore]) -> dict[str, Scores]:
+    near = [score for score in scores if score.direction_deg < 90]
+    return {"all": Scores.of(scores), "within_90": Scores.of(near)}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What came of one evaluation.
+
+    Attributes:
+        kind: of the test set.
+        source: of the test set.
+        model: name of the predictor.
+        seeds: of everything that was drawn.
+        occlusion: share of the queries' boxes that was hidden.
+        scores: every pair under every protocol by every method.
+        skipped: images that could not be used, and why.
+    """
+
+    kind: str
+    source: str
+    model: str
+    seeds: tuple[int, ...]
+    occlusion: float
+    scores: tuple[PairScore, ...]
+    skipped: tuple[str, ...] = ()
+
+    @property
+    def protocols(self) -> dict[Prior, dict[str, MethodReport]]:
+        """For each protocol, the figures of each method; ours first."""
+        found: dict[Prior, dict[str, list[PairScore]]] = {}
+        for prior in PRIORS:
+            for score in self.scores:
+                if score.protocol == prior:
+                    found.setdefault(prior, {}).setdefault(score.method, []).append(score)
+        return {
+            prior: {name: MethodReport.of(scores) for name, scores in methods.items()}
+            for prior, methods in found.items()
+        }
+
+    @classmethod
+    def pooled(cls, reports: Sequence[Report]) -> Report:
+        """Several seeds as one report: all their pairs count the same."""
+        return replace(
+            reports[0],
+            source=", ".join(dict.fromkeys(report.source for report in reports)),
+            seeds=tuple(seed for report in reports for seed in report.seeds),
+            scores=tuple(score for report in reports for score in report.scores),
+            skipped=tuple(dict.fromkeys(line for report in reports for line in report.skipped)),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the JSON file holds: the protocols on top, in each ours on top and the others under ``baselines``."""
+        values: dict[str, Any] = {
+            "set": self.kind,
+            "source": self.source,
+            "predictor": self.model,
+            "seeds": list(self.seeds),
+            "occlusion": self.occlusion,
+            "skipped": list(self.skipped),
+        }
+        for prior, methods in self.protocols.items():
+            rest = {name: report.to_dict() for name, report in methods.items() if name != OURS}
+            ours = methods[OURS].to_dict() if OURS in methods else {}
+            values[prior] = {**ours, "baselines": rest}
+        return values
+
+    def to_json(self) -> str:
+        """``to_dict`` as text."""
+        return json.dumps(self.to_dict(), indent=1)
+
+    def table(self, objects: bool = False) -> Table:
+        """The figures as a table for a terminal.
+
+        Args:
+            objects: add a row for each object.
+        """
+        hidden = f", {self.occlusion:.0%} of the box hidden" if self.occlusion else ""
+        table = Table(title=f"{self.kind}: {self.model}{hidden}", title_justify="left")
+        for column in ("protocol", "pairs of", "method"):
+            table.add_column(column)
+        for column in _COLUMNS:
+            table.add_column(column, justify="right")
+        for prior, methods in self.protocols.items():
+            for subset in SUBSETS:
+                for name, report in methods.items():
+                    table.add_row(prior, subset, name, *_cells(report.subsets[subset]))
+                    if objects and name == OURS:
+                        for object_name, scores in report.objects.items():
+                            table.add_row("", "", f"  {object_name}", *_cells(scores[subset]), style="dim")
+            table.add_section()
+        return table
+
+
+_COLUMNS = {
+    "pairs": "pairs",
+    "Acc15": "acc15",
+    "Acc30": "acc30",
+    "median °": "median_deg",
+    "mean °": "mean_deg",
+    "Acc30 sym": "acc30_sym",
+    "median sym °": "median_deg_sym",
+    "50 % set": "coverage50",
+    "90 % set": "coverage90",
+    "nll": "nll",
+    "translation": "translation_relative_median",
+}
+
+
+def _cells(scores: Scores) -> list[str]:
+    cells = []
+    for field in _COLUMNS.values():
+        value = getattr(scores, field)
+        digits = 2 if field == "nll" else 3 if field.startswith("translation") else 1
+        cells.append("–" if value is None else str(value) if isinstance(value, int) else f"{value:.{digits}f}")
+    return cells
+
+
+def evaluate_set(
+    evaluation_set: EvaluationSet,
+    methods: Sequence[Method],
+    protocols: Sequence[Prior] = PRIORS,
+    *,
+    seed: int = 0,
+    occlusion: float = 0.0,
+    model: str = "",
+    progress: bool = False,
+) -> Report:
+    """Run methods over a test set.
+
+    Args:
+        evaluation_set: objects, views and pairs.
+        methods: to compare.
+        protocols: those to run, where the set has them.
+        seed: draws what is hidden.
+        occlusion: share of each query's box that is hidden.
+        model: name for the report.
+        progress: show a bar with time left.
+    """
+    occluder = Occluder(occlusion, seed)
+    scores: list[PairScore] = []
+    skipped: list[str] = []
+    bar = _progress() if progress else None
+    shown: AbstractContextManager[object] = bar if bar is not None else nullcontext()
+    with shown:
+        task = bar.add_task(evaluation_set.kind, total=evaluation_set.count) if bar is not None else None
+        for evaluated in evaluation_set.objects():
+            asked = tuple(prior for prior in evaluated.protocols if prior in protocols)
+            if asked and evaluated.pairs:
+                scores += _evaluate_object(evaluated, asked, methods, occluder, skipped)
+            if bar is not None and task is not None:
+                bar.advance(task)
+    return Report(
+        kind=evaluation_set.kind,
+        source=evaluation_set.source,
+        model=model,
+        seeds=(seed,),
+        occlusion=occlusion,
+        scores=tuple(scores),
+        skipped=tuple(dict.fromkeys(skipped)),
+    )
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
+
+
+def _read(view: View, object_name: str, skipped: list[str]) -> Frame | None:
+    try:
+        return view.read()
+    except InputError as error:
+        skipped.append(f"{object_name} {view.name}: {error}")
+        return None
+
+
+def _evaluate_object(
+    evaluated: EvaluationObject,
+    protocols: Sequence[Prior],
+    methods: Sequence[Method],
+    occluder: Occluder,
+    skipped: list[str],
+) -> Iterable[PairScore]:
+    name, views = evaluated.name, evaluated.views
+    # Priors that use gravity share a registration.
+    knowledge: dict[bool, Prior] = {prior != "free": prior for prior in protocols}
+    registered: dict[tuple[str, bool, int], Any] = {}
+    for reference in sorted({pair[0] for pair in evaluated.pairs}):
+        view = views[reference]
+        frame = _read(view, name, skipped)
+        if frame is None:
+            continue
+        for gravity, prior in knowledge.items():
+            seen = observation(view, frame, prior, f"{name}/{view.name}")
+            for method in methods:
+                registered[method.name, gravity, reference] = method.register(
+                    seen, view.R_camera_object, view.t_camera_object
+                )
+    usable = {key[2] for key in registered}
+    scores: list[PairScore] = []
+    by_query: dict[int, list[int]] = defaultdict(list)
+    for reference, query in evaluated.pairs:
+        if reference in usable:
+            by_query[query].append(reference)
+    for query, references in by_query.items():
+        view = views[query]
+        frame = _read(view, name, skipped)
+        if frame is None:
+            continue
+        frame = occluder(frame, name, view.name)
+        for prior in protocols:
+            seen = observation(view, frame, prior, f"{name}/{view.name}/query")
+            for method in methods:
+                known = [registered[method.name, prior != "free", reference] for reference in references]
+                answers = method.estimate(known, seen, prior)
+                scores += [
+                    score_pair(answer, evaluated, reference, query, method.name, prior)
+                    for answer, reference in zip(answers, references, strict=True)
+                ]
+    return scores
+
+
+def score_pair(
+    answer: Answer, evaluated: EvaluationObject, reference: int, query: int, method: str, protocol: Prior
+) -> PairScore:
+    """Compare an answer with the truth; nothing before this knows it."""
+    first, second = evaluated.views[reference], evaluated.views[query]
+    R_estimated = answer.delta_R @ first.R_camera_object
+    delta_R_true = second.R_camera_object @ first.R_camera_object.T
+    moved = None
+    if answer.t_camera_object is not None:
+        t = second.t_camera_object
+        moved = float(np.linalg.norm(answer.t_camera_object - t) / np.linalg.norm(t))
+    error = _angle(R_estimated, second.R_camera_object)
+    return PairScore(
+        method=method,
+        protocol=protocol,
+        object_name=evaluated.name,
+        reference=first.name,
+        query=second.name,
+        delta_R=tuple(tuple(float(value) for value in row) for row in answer.delta_R),
+        error_deg=error,
+        error_sym_deg=float(np.degrees(evaluated.symmetry.error(R_estimated, second.R_camera_object))),
+        direction_deg=float(np.degrees(np.arccos(np.clip(first.direction @ second.direction, -1, 1)))),
+        translation_relative=moved,
+        confidence=answer.confidence,
+        calibration=None if answer.distribution is None else calibration(answer.distribution, delta_R_true),
+    )
+
+
+def _angle(R_a: Array, R_b: Array) -> float:
+    chord = np.linalg.norm(R_a - R_b)
+    return float(np.degrees(2 * np.arcsin(np.clip(chord / np.sqrt(8), 0, 1))))
+
+
+def methods_for(estimator: PoseEstimator, *, baselines: bool = False, seed: int = 0) -> list[Method]:
+    """Ours, and with ``baselines`` what it is compared with."""
+    methods: list[Method] = [EstimatorMethod(estimator)]
+    return [*methods, Chance(seed), NoMotion(), SiftEssential()] if baselines else methods
+
+
+def evaluate_photos(
+    folder: str | Path,
+    estimator: PoseEstimator,
+    protocols: Sequence[Prior] = PRIORS,
+    *,
+    seed: int = 0,
+    objects: Sequence[str] | None = None,
+    references: int = REFERENCES,
+    pairs: int | None = None,
+    occlusion: float = 0.0,
+    baselines: bool = False,
+    progress: bool = False,
+) -> Report:
+    """Evaluate on photographs; see ``nope_ros.evaluation.photos`` for their layout.
+
+    Args:
+        folder: of objects' folders.
+        estimator: what to evaluate.
+        protocols: those to run.
+        seed: draws the references, and what is hidden.
+        objects: names of those to use.
+        references: of each object, at most; each is compared with all its other images.
+        pairs: most pairs of an object.
+        occlusion: share of each query's box that is hidden.
+        baselines: add chance, no motion and SIFT.
+        progress: show a bar with time left.
+
+    Raises:
+        InputError: naming what does not fit.
+    """
+    from nope_ros.evaluation.photos import photo_set
+
+    found = photo_set(Path(folder), seed, objects=objects, references=references, pairs=pairs)
+    return _evaluated(found, estimator, protocols, seed, occlusion, baselines, progress)
+
+
+def evaluate_meshes(
+    folder: str | Path,
+    estimator: PoseEstimator,
+    protocols: Sequence[Prior] = PRIORS,
+    *,
+    seed: int = 0,
+    objects: Sequence[str] | None = None,
+    pairs: int | None = None,
+    occlusion: float = 0.0,
+    baselines: bool = False,
+    cache: Path | None = None,
+    progress: bool = False,
+) -> Report:
+    """Evaluate on renders of meshes; as ``evaluate_photos``, and ``cache`` is the file of known symmetries."""
+    from nope_ros.evaluation.meshes import mesh_set
+
+    found = mesh_set(Path(folder), seed, protocols=protocols, objects=objects, pairs=pairs, cache=cache)
+    return _evaluated(found, estimator, protocols, seed, occlusion, baselines, progress)
+
+
+def evaluate_procedural(
+    estimator: PoseEstimator,
+    protocols: Sequence[Prior] = PRIORS,
+    *,
+    seed: int = 0,
+    count: int = 60,
+    pairs: int | None = None,
+    occlusion: float = 0.0,
+    baselines: bool = False,
+    cache: Path | None = None,
+    progress: bool = False,
+) -> Report:
+    """Evaluate on renders of ``count`` unseen procedural objects; other arguments as of ``evaluate_meshes``."""
+    from nope_ros.evaluation.meshes import procedural_set
+
+    found = procedural_set(seed, protocols=protocols, count=count, pairs=pairs, cache=cache)
+    return _evaluated(found, estimator, protocols, seed, occlusion, baselines, progress)
+
+
+def evaluate_bop(
+    folder: str | Path,
+    split: str,
+    estimator: PoseEstimator,
+    protocols: Sequence[Prior] = PRIORS,
+    *,
+    seed: int = 0,
+    objects: Sequence[str] | None = None,
+    references: int = REFERENCES,
+    pairs: int | None = None,
+    occlusion: float = 0.0,
+    baselines: bool = False,
+    progress: bool = False,
+) -> Report:
+    """Evaluate on a split of a dataset in BOP layout; other arguments as of ``evaluate_photos``."""
+    from nope_ros.evaluation.bop import bop_set
+
+    found = bop_set(Path(folder), split, seed, objects=objects, references=references, pairs=pairs)
+    return _evaluated(found, estimator, protocols, seed, occlusion, baselines, progress)
+
+
+def _evaluated(
+    found: EvaluationSet,
+    estimator: PoseEstimator,
+    protocols: Sequence[Prior],
+    seed: int,
+    occlusion: float,
+    baselines: bool,
+    progress: bool,
+) -> Report:
+    return evaluate_set(
+        found,
+        methods_for(estimator, baselines=baselines, seed=seed),
+        protocols,
+        seed=seed,
+        occlusion=occlusion,
+        model=estimator.model_name,
+        progress=progress,
+    )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``nope-ros evaluate``."""
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="photos|meshes|procedural|bop")
+    photos = kinds.add_parser("photos", help="photographs with true poses: DIR/<object>/poses.json")
+    photos.add_argument("dir", type=Path, metavar="DIR", help="folder that holds the objects' folders")
+    meshes = kinds.add_parser("meshes", help="renders of the meshes in a folder")
+    meshes.add_argument("dir", type=Path, metavar="DIR", help="folder of .glb, .obj, .ply or .stl files")
+    procedural = kinds.add_parser("procedural", help="renders of procedural objects that training never drew")
+    procedural.add_argument("--count", type=int, default=60, help="number of objects (%(default)s)")
+    bop = kinds.add_parser("bop", help="a dataset in BOP layout")
+    bop.add_argument("dir", type=Path, metavar="DIR", help="folder of the dataset")
+    bop.add_argument("--split", required=True, help="folder of scenes in it, such as test")
+    for kind in (photos, meshes, procedural, bop):
+        kind.add_argument(
+            "--protocol",
+            action="append",
+            choices=(*PRIORS, "all"),
+            help="what is known of gravity; may be given several times (all)",
+        )
+        kind.add_argument("--predictor", help="folder of weights; the packaged ones by default")
+        kind.add_argument("--device", default="auto", help="auto, cpu, cuda (%(default)s)")
+        kind.add_argument("--pairs", type=int, help="most pairs of an object")
+        kind.add_argument(
+            "--seed", type=int, action="append", help="may be given several times: all pairs count then (0)"
+        )
+        kind.add_argument(
+            "--occlusion", type=float, default=0.0, metavar="SHARE", help="of each query's box to hide (%(default)s)"
+        )
+        kind.add_argument("--baselines", action="store_true", help="add chance, no motion, SIFT + essential matrix")
+        kind.add_argument("--per-object", action="store_true", help="a row for each object")
+        kind.add_argument("--json", type=Path, metavar="OUT", help="write the figures to this file")
+        kind.add_argument("--pictures", type=Path, metavar="FOLDER", help="draw reliability and confidence there")
+        if kind is not procedural:
+            kind.add_argument(
+                "--objects", type=lambda text: text.split(","), metavar="A,B,...", help="those to use; all by default"
+            )
+        if kind in (photos, bop):
+            kind.add_argument("--references", type=int, default=REFERENCES, help="of each object (%(default)s)")
+        if kind in (meshes, procedural):
+            kind.add_argument("--cache", type=Path, help="file of known symmetries; by default the user's")
+
+
+def run(args: argparse.Namespace, progress: bool = True) -> Report:
+    """The evaluation that the arguments ask for.
+
+    Raises:
+        InputError: naming what does not fit.
+    """
+    asked = args.protocol or ["all"]
+    protocols = tuple(prior for prior in PRIORS if prior in asked or "all" in asked)
+    if args.pairs is not None and args.pairs < 1:
+        raise InputError(f"--pairs: {args.pairs} is not positive")
+    estimator = PoseEstimator.from_pretrained(args.predictor, device=args.device)
+    reports = []
+    for seed in args.seed or [0]:
+        common: dict[str, Any] = {
+            "seed": seed,
+            "pairs": args.pairs,
+            "occlusion": args.occlusion,
+            "baselines": args.baselines,
+            "progress": progress,
+        }
+        if args.kind == "photos":
+            options = {"objects": args.objects, "references": args.references, **common}
+            reports.append(evaluate_photos(args.dir, estimator, protocols, **options))
+        elif args.kind == "meshes":
+            options = {"objects": args.objects, "cache": args.cache, **common}
+            reports.append(evaluate_meshes(args.dir, estimator, protocols, **options))
+        elif args.kind == "procedural":
+            options = {"count": args.count, "cache": args.cache, **common}
+            reports.append(evaluate_procedural(estimator, protocols, **options))
+        else:
+            options = {"objects": args.objects, "references": args.references, **common}
+            reports.append(evaluate_bop(args.dir, args.split, estimator, protocols, **options))
+    return Report.pooled(reports)
+
+
+def main(args: argparse.Namespace) -> int:
+    """``nope-ros evaluate``: evaluates, prints a table, writes what was asked for; returns the exit status."""
+    report = run(args)
+    console = Console()
+    # Figures cut off at a narrow terminal's edge would be of no use.
+    console.width = max(console.width, _TABLE_WIDTH)
+    console.print(report.table(objects=args.per_object))
+    for line in report.skipped:
+        console.print(f"not used: {line}", style="yellow", highlight=False)
+    if not report.scores:
+        console.print("nothing was evaluated: the set has no pairs for these protocols", style="red")
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(report.to_json() + "\n", encoding="utf-8")
+    if args.pictures is not None:
+        from nope_ros.evaluation.pictures import write_pictures
+
+        for path in write_pictures(report, args.pictures):
+            console.print(f"wrote {path}", highlight=False)
+    return 0 if report.scores else 1
+
+
+def _command(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="nope-ros evaluate", description=__doc__)
+    add_arguments(parser)
+    return main(parser.parse_args(arguments))
+
+
+if __name__ == "__main__":
+    raise SystemExit(_command())

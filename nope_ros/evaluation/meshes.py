@@ -1,0 +1,202 @@
+"""Renders of meshes and of procedural objects as a camera in a room would take them.
+
+Cameras are drawn for what a protocol allows: any direction and any roll for ``free``; above the object's horizon, held
+about level, for ``upright`` and ``standing``. The object stands anywhere in the image, under light that is new in every
+view. Masks are true, so what is behind the object does not matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from numpy.random import Generator
+from numpy.typing import NDArray
+
+from nope_ros.evaluation.protocol import EvaluationObject, EvaluationSet, View, draw_pairs, generator
+from nope_ros.evaluation.symmetry import SymmetryCache
+from nope_ros.frame import Frame, InputError
+from nope_ros.prior import PRIORS, Prior
+from nope_ros.rotations import exp, look_at, turn_to
+from nope_ros.training.mesh import Mesh, load_mesh
+from nope_ros.training.procedural import procedural_object
+from nope_ros.training.render import render
+from nope_ros.training.render_cache import Finish, random_finish, random_lighting
+
+Array = NDArray[np.float64]
+
+FIRST_UNSEEN_SEED = 1_000_000_000
+"""Of procedural objects; training counts from zero (``render_cache``: its seed times a million)."""
+
+MESH_SUFFIXES = (".glb", ".gltf", ".obj", ".ply", ".stl")
+
+_WIDTH, _HEIGHT = 640, 480
+_FOCAL = (500.0, 900.0)  # pixels: 65° to 39° across
+_DISTANCE = (2.5, 8.0)  # object radii
+_ROLL_SIGMA = np.radians(10.0)
+_VIEWS = 16
+_REFERENCES = 4
+_MARGIN = 4  # pixels between object and image border
+
+
+def mesh_set(
+    folder: Path,
+    seed: int = 0,
+    *,
+    protocols: Sequence[Prior] = PRIORS,
+    objects: Sequence[str] | None = None,
+    references: int = _REFERENCES,
+    views: int = _VIEWS,
+    pairs: int | None = None,
+    cache: Path | None = None,
+) -> EvaluationSet:
+    """Renders of the meshes in a folder and its subfolders.
+
+    Args:
+        folder: with files that trimesh reads.
+        seed: draws cameras, light and references.
+        protocols: which views are needed.
+        objects: names (``<subfolder>/<file without suffix>`` or the last part) of those to use.
+        references: of each object, at most; each is compared with all its other views.
+        views: of each object.
+        pairs: most pairs of an object.
+        cache: file of symmetries found before.
+
+    Raises:
+        InputError: if there are no meshes, or one named is missing.
+    """
+    paths = {
+        path.relative_to(folder).with_suffix("").as_posix(): path
+        for path in sorted(folder.rglob("*"))
+        if path.suffix.lower() in MESH_SUFFIXES
+    }
+    if not paths:
+        raise InputError(f"meshes: {folder} holds no {', '.join(MESH_SUFFIXES)} file; give a folder of meshes")
+    if objects is not None:
+        missing = [name for name in objects if not any(_is_named(key, name) for key in paths)]
+        if missing:
+            raise InputError(f"meshes: {folder} has no object {', '.join(missing)}; it has {', '.join(paths)}")
+        paths = {key: path for key, path in paths.items() if any(_is_named(key, name) for name in objects)}
+    sources = {name: partial(load_mesh, path) for name, path in paths.items()}
+    load = partial(_objects, sources, seed, tuple(protocols), references, views, pairs, SymmetryCache(cache))
+    return EvaluationSet("meshes", str(folder), len(sources) * len(_groups(tuple(protocols))), load)
+
+
+def procedural_set(
+    seed: int = 0,
+    *,
+    protocols: Sequence[Prior] = PRIORS,
+    count: int = 60,
+    references: int = _REFERENCES,
+    views: int = _VIEWS,
+    pairs: int | None = None,
+    cache: Path | None = None,
+) -> EvaluationSet:
+    """Renders of procedural objects that training never draws; arguments as of ``mesh_set``."""
+    first = FIRST_UNSEEN_SEED + seed * count
+    sources = {f"procedural/{number}": partial(procedural_object, number) for number in range(first, first + count)}
+    load = partial(_objects, sources, seed, tuple(protocols), references, views, pairs, SymmetryCache(cache))
+    source = f"seeds {first}..{first + count - 1}"
+    return EvaluationSet("procedural", source, count * len(_groups(tuple(protocols))), load)
+
+
+def _is_named(key: str, name: str) -> bool:
+    return name in (key, key.rsplit("/", 1)[-1])
+
+
+def _groups(protocols: tuple[Prior, ...]) -> list[tuple[Prior, ...]]:
+    # Protocols that share views.
+    groups: list[tuple[Prior, ...]] = [tuple(one for one in protocols if one == "free")]
+    groups.append(tuple(one for one in protocols if one != "free"))
+    return [group for group in groups if group]
+
+
+def _objects(
+    sources: Mapping[str, Callable[[], Mesh]],
+    seed: int,
+    protocols: tuple[Prior, ...],
+    references: int,
+    views: int,
+    pairs: int | None,
+    cache: SymmetryCache,
+) -> Iterator[EvaluationObject]:
+    for name, load in sources.items():
+        mesh = load().normalised()[0]
+        symmetry = cache.find(mesh)
+        finish = random_finish(generator(seed, name, "finish"))
+        for group in _groups(protocols):
+            kind = "free" if group == ("free",) else "level"
+            yield EvaluationObject(
+                name,
+                tuple(_view(mesh, finish, seed, name, kind, number) for number in range(views)),
+                draw_pairs(views, seed, f"{name}/{kind}", references, pairs),
+                group,
+                symmetry,
+            )
+
+
+def _view(mesh: Mesh, finish: Finish, seed: int, name: str, kind: str, number: int) -> View:
+    rng = generator(seed, name, kind, str(number))
+    for _ in range(20):
+        R, t, K = random_camera(rng, level=kind == "level")
+        light_seed = int(rng.integers(2**32))
+        try:
+            _photograph(mesh, finish, R, t, K, light_seed)
+        except InputError:  # a fork seen end-on has no outline to speak of
+            continue
+        return View(f"{kind}/{number}", R, t, -R[:, 2], partial(_photograph, mesh, finish, R, t, K, light_seed))
+    raise InputError(f"{name}: is hardly to be seen from anywhere; is the mesh empty, or a line?")
+
+
+def random_camera(rng: Generator, *, level: bool) -> tuple[Array, Array, Array]:
+    """R_camera_object (3, 3), t_camera_object (3,) and K (3, 3) for an object of radius one that fits into the image.
+
+    Args:
+        rng: source of randomness.
+        level: above the horizon and with little roll; else any direction and roll.
+    """
+    focal = rng.uniform(*_FOCAL)
+    K = np.array([[focal, 0, (_WIDTH - 1) / 2], [0, focal, (_HEIGHT - 1) / 2], [0, 0, 1.0]])
+    height = rng.uniform(0 if level else -1, 1)
+    azimuth = rng.uniform(-np.pi, np.pi)
+    flat = np.sqrt(1 - height**2)
+    direction = np.array([flat * np.cos(azimuth), flat * np.sin(azimuth), height])
+    roll = rng.normal(0, _ROLL_SIGMA) if level else rng.uniform(-np.pi, np.pi)
+    # Nearer than this the object's sphere does not fit into the image.
+    nearest = np.hypot(1, focal / (_HEIGHT / 2 - _MARGIN)) * 1.02
+    near, far = max(_DISTANCE[0], nearest), _DISTANCE[1]
+    distance = 1 / rng.uniform(1 / far, 1 / near)
+    for _ in range(100):
+        pixel = rng.uniform(0, [_WIDTH, _HEIGHT])
+        ray = np.linalg.inv(K) @ [*pixel, 1.0]
+        if _fits(ray / np.linalg.norm(ray) * distance, K):
+            break
+    else:
+        ray = np.array([0, 0, 1.0])
+    ray = ray / np.linalg.norm(ray)
+    R = turn_to(ray).T @ exp(np.array([0.0, 0.0, roll])) @ look_at(direction)
+    return R, distance * ray, K
+
+
+def _fits(centre: Array, K: Array) -> bool:
+    # The unit sphere lies inside the four planes through the camera and the image's sides.
+    corners = np.array([[_MARGIN, 0], [_WIDTH - 1 - _MARGIN, 0], [0, _MARGIN], [0, _HEIGHT - 1 - _MARGIN]], dtype=float)
+    normals = np.array(
+        [
+            [K[0, 0], 0, K[0, 2] - corners[0, 0]],
+            [-K[0, 0], 0, corners[1, 0] - K[0, 2]],
+            [0, K[1, 1], K[1, 2] - corners[2, 1]],
+            [0, -K[1, 1], corners[3, 1] - K[1, 2]],
+        ]
+    )
+    return bool((normals @ centre / np.linalg.norm(normals, axis=1) >= 1).all())
+
+
+def _photograph(mesh: Mesh, finish: Finish, R: Array, t: Array, K: Array, light_seed: int) -> Frame:
+    rng = np.random.default_rng(light_seed)
+    lighting = random_lighting(rng, R, finish)
+    behind = rng.integers(0, 256, 3).astype(np.uint8)
+    view = render(mesh, R, t, K, _WIDTH, _HEIGHT, lighting=lighting, background=behind)
+    return Frame.from_arrays(view.rgb, view.mask, K)

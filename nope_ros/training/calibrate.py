@@ -1,0 +1,199 @@
+"""Fits the temperature of the likelihood on held-out training objects.
+
+    python -m nope_ros.training.calibrate WEIGHTS --cache CACHE
+
+A temperature does not change which rotation is best, only how sure the distribution is. It is chosen so that the true
+rotation is as likely as possible (in the mean of log) on objects that training did not see, over the same grids as at
+run time, with and without gravity. Test data have no part in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import track
+from scipy.optimize import minimize_scalar
+from scipy.special import logsumexp
+
+from nope_ros.crop import Crop
+from nope_ros.latent import CONFIG_FILE, NetworkPredictor, load_predictor, read_config
+from nope_ros.match import TemplateBank
+from nope_ros.prior import free_rotations, log_prior, upright_rotations
+from nope_ros.training.augment import AugmentationConfig, training_view
+from nope_ros.training.pairs import DataConfig, RenderCache
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What many pairs say, before it is known how loudly.
+
+    Attributes:
+        log_likelihood: one (N,) for each pair, at temperature one; N differs between priors.
+        log_prior: one (N,) for each pair, normalised.
+        truth: index of the rotation nearest to the truth, for each pair.
+    """
+
+    log_likelihood: list[NDArray[np.float32]]
+    log_prior: list[NDArray[np.float32]]
+    truth: list[int]
+
+    def nll(self, temperature: float) -> float:
+        """Mean of −log(probability of the truth / its prior probability), nats."""
+        total = 0.0
+        for likelihood, prior, truth in zip(self.log_likelihood, self.log_prior, self.truth, strict=True):
+            scaled = likelihood / temperature
+            total += float(logsumexp(scaled + prior)) - float(scaled[truth])
+        return total / len(self.truth)
+
+    def coverage(self, temperature: float, mass: float) -> float:
+        """Share of pairs whose truth is in the credible set of this mass."""
+        covered = 0
+        for likelihood, prior, truth in zip(self.log_likelihood, self.log_prior, self.truth, strict=True):
+            logits = likelihood.astype(np.float64) / temperature + prior
+            probability = np.exp(logits - logsumexp(logits))
+            covered += probability[probability > probability[truth]].sum() < mass
+        return covered / len(self.truth)
+
+
+def gather_evidence(
+    predictor: NetworkPredictor,
+    config: DataConfig,
+    *,
+    upright: bool,
+    objects: int = 240,
+    queries: int = 5,
+    augmentation: AugmentationConfig | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> Evidence:
+    """Pairs of views of held-out objects, half of them meshes where there are enough.
+
+    Args:
+        predictor: with any temperature.
+        config: names the cache and the split.
+        upright: whether gravity is known.
+        objects: how many.
+        queries: for each object, against one reference.
+        augmentation: what happens to the views; training's by default.
+        seed: of all of it.
+        progress: show a bar.
+    """
+    cache = RenderCache(config)
+    rng = np.random.default_rng((seed, int(upright)))
+    chosen: list[int] = []
+    for kind in (~cache.procedural, cache.procedural):
+        # Half of each, the rest filled up from the other.
+        available = np.flatnonzero(kind & cache.held_out)
+        chosen += rng.permutation(available)[: objects // 2 if not chosen else objects - len(chosen)].tolist()
+    evidence = Evidence([], [], [])
+    for index in track(chosen, "upright" if upright else "free", disable=not progress, console=Console(stderr=True)):
+        _add_object(evidence, predictor, cache, index, upright, queries, augmentation or AugmentationConfig(), rng)
+    return evidence
+
+
+def _add_object(
+    evidence: Evidence,
+    predictor: NetworkPredictor,
+    cache: RenderCache,
+    index: int,
+    upright: bool,
+    queries: int,
+    augmentation: AugmentationConfig,
+    rng: np.random.Generator,
+) -> None:
+    above = cache.views[index]
+    if upright:  # as on a table; from below, the other half of the viewpoints counts
+        above = above[cache.directions[above][:, 2] > 0]
+    views = rng.choice(above, min(queries + 1, len(above)), replace=False)
+    crops, rotations = [], []
+    for view in views:
+        made = training_view(
+            np.asarray(cache.images[view]),
+            cache.R[view],
+            cache.K[view],
+            size=predictor.crop_size,
+            roll=None if upright else float(rng.uniform(-np.pi, np.pi)),
+            config=augmentation,
+            rng=rng,
+        )
+        image = np.ascontiguousarray(made.crop.transpose(1, 2, 0))
+        crops.append(Crop(image[..., :3], image[..., 3], np.eye(3), np.eye(3), 0.1, upright))
+        rotations.append(made.R_virtual_object)
+    latents = predictor.encode(crops)
+    grid = upright_rotations(-rotations[0][:, 2]) if upright else free_rotations()
+    bank = TemplateBank.predict(predictor, latents[0], grid)
+    weights = log_prior("upright", None) if upright else np.zeros(len(grid))
+    allowed = np.flatnonzero(np.isfinite(weights))
+    prior = np.full(len(allowed), -np.log(len(allowed)), np.float32)
+    for latent, R in zip(latents[1:], rotations[1:], strict=True):
+        delta_R = R @ rotations[0].T
+        evidence.log_likelihood.append(bank.match(latent, 1.0).log_likelihood[allowed].astype(np.float32))
+        evidence.log_prior.append(prior)
+        evidence.truth.append(int(np.argmax(grid[allowed].reshape(-1, 9) @ delta_R.ravel())))
+
+
+def fit_temperature(evidence: list[Evidence]) -> float:
+    """The temperature of the smallest mean negative log-likelihood, each kind of pairs counting the same."""
+
+    def cost(log_temperature: float) -> float:
+        return float(np.mean([one.nll(float(np.exp(log_temperature))) for one in evidence]))
+
+    found = minimize_scalar(cost, bounds=(np.log(1e-3), np.log(1e3)), method="bounded", options={"xatol": 1e-3})
+    return float(np.exp(found.x))
+
+
+def write_temperature(folder: Path, temperature: float, notes: dict[str, object]) -> None:
+    """Put the temperature, and how it came about, into a folder's ``config.json``."""
+    config = read_config(folder)
+    changed = config.model_copy(
+        update={"temperature": round(temperature, 5), "training": {**config.training, "calibration": notes}}
+    )
+    unfinished = folder / f".{CONFIG_FILE}.{os.getpid()}"
+    unfinished.write_text(json.dumps(changed.model_dump(), indent=2) + "\n", encoding="utf-8")
+    os.replace(unfinished, folder / CONFIG_FILE)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("weights", type=Path, help="folder of weights; its config.json is changed")
+    parser.add_argument("--cache", required=True, help="folder written by nope_ros.training.render_cache")
+    parser.add_argument("--objects", type=int, default=240, help="held-out objects to use (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    parser.add_argument("--device", default="auto", help="(%(default)s)")
+    parser.add_argument("--dry-run", action="store_true", help="fit, but write nothing")
+    given = parser.parse_args(arguments)
+    predictor = load_predictor(given.weights, device=given.device)
+    config = DataConfig(cache=given.cache)
+    kinds = {
+        name: gather_evidence(
+            predictor, config, upright=name == "upright", objects=given.objects, seed=given.seed, progress=True
+        )
+        for name in ("free", "upright")
+    }
+    temperature = fit_temperature(list(kinds.values()))
+    notes: dict[str, object] = {"held_out_objects": given.objects, "seed": given.seed}
+    for name, evidence in kinds.items():
+        notes[name] = {
+            "pairs": len(evidence.truth),
+            "nll": round(evidence.nll(temperature), 4),
+            "own_temperature": round(fit_temperature([evidence]), 5),
+            "coverage50": round(100 * evidence.coverage(temperature, 0.5), 1),
+            "coverage90": round(100 * evidence.coverage(temperature, 0.9), 1),
+        }
+    print(json.dumps({"before": predictor.temperature, "temperature": temperature, **notes}, indent=1))
+    if not given.dry_run:
+        write_temperature(given.weights, temperature, notes)
+
+
+if __name__ == "__main__":
+    main()
