@@ -71,7 +71,7 @@ class RotationDistribution:
 
     def mass_within(self, R: Array, angle: float) -> float:
         """Probability that the rotation is within ``angle`` radians of R (3, 3)."""
-        return float(self.probabilities[self._angle_to(R) <= angle].sum())
+        return float(self.probabilities[geodesic_distance(self.rotations, R) <= angle].sum())
 
     def credible_set(self, mass: float) -> NDArray[np.intp]:
         """Indices of the fewest rotations that hold ``mass`` (0..1) together, most probable first."""
@@ -91,7 +91,7 @@ class RotationDistribution:
         angles = _angles(peaks, self.rotations)
         owner = np.where(angles.min(axis=0) <= CONFIDENCE_RADIUS, angles.argmin(axis=0), -1)
         modes = [
-            Mode(self._peak_mean(peak), float(self.probabilities[owner == index].sum()))
+            Mode(self._mean_around(peak, angles[index]), float(self.probabilities[owner == index].sum()))
             for index, peak in enumerate(peaks)
         ]
         return tuple(sorted(modes, key=lambda mode: -mode.probability))
@@ -118,8 +118,9 @@ class RotationDistribution:
 
         Includes the variance within one cell of the grid, so that a sharp answer is not taken for an exact one.
         """
-        vectors = log(self.rotations @ self.mode.R.T)
-        moment: Array = np.einsum("n,ni,nj->ij", self.probabilities, vectors, vectors)
+        kept = self.probabilities > 1e-8  # the rest, together, is below a hundredth of a percent
+        vectors = log(self.rotations[kept] @ self.mode.R.T)
+        moment: Array = (self.probabilities[kept, None] * vectors).T @ vectors
         return moment + np.eye(3) * self.spacing**2 / 12
 
     @cached_property
@@ -143,7 +144,7 @@ class RotationDistribution:
         kept = self.credible_set(0.8)
         weight = self.probabilities[kept] / self.probabilities[kept].sum()
         vectors = log(self.rotations[kept] @ self.mode.R.T)
-        moment = np.einsum("n,ni,nj->ij", weight, vectors, vectors)
+        moment = (weight[:, None] * vectors).T @ vectors
         values, axes = np.linalg.eigh(moment)
         if values[2] < np.radians(60) ** 2 or values[1] > np.radians(35) ** 2:
             return False
@@ -151,17 +152,15 @@ class RotationDistribution:
         share = np.histogram(along, bins=12, range=(-np.pi, np.pi), weights=weight)[0]
         return bool((share > 0.02).sum() >= 10)
 
-    def _peak_mean(self, peak: Array) -> Array:
-        near = self._angle_to(peak) <= 2 * _PEAK_RADIUS
+    def _mean_around(self, peak: Array, angle: Array) -> Array:
+        # angle (N,): of every rotation to the peak. The circle moves with its mean: start with all it may reach.
+        near = angle <= 2 * _PEAK_RADIUS
         rotations, probabilities = self.rotations[near], self.probabilities[near]
-        for _ in range(3):  # the circle moves with its mean
+        for _ in range(3):
             vectors = log(rotations @ peak.T)
             weights = probabilities * (np.linalg.norm(vectors, axis=1) <= _PEAK_RADIUS)
             peak = exp(weights @ vectors / weights.sum()) @ peak
         return peak
-
-    def _angle_to(self, R: Array) -> Array:
-        return geodesic_distance(self.rotations, R)
 
 
 def _normalised(log_weights: Array) -> Array:
