@@ -1,0 +1,150 @@
+"""Launch files and RViz's configuration: read in any case, started where a distribution brings launch."""
+
+from __future__ import annotations
+
+import ast
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from node_process import (
+    Robot,
+    camera_info_message,
+    image_message,
+    ros_context,
+    scene,
+    write_untrained_weights,
+)
+
+from nope_ros.node import topics
+from nope_ros.node.parameters import BY_NAME
+
+ROOT = Path(__file__).parent.parent
+FILES = sorted((ROOT / "launch").glob("*.launch.py"))
+
+# Starts a launch file as `ros2 launch` does, with name:=value after its path.
+LAUNCHER = """
+import sys
+from launch import LaunchDescription, LaunchService
+from launch.actions import IncludeLaunchDescription
+from launch.launch_description_sources import PythonLaunchDescriptionSource
+path, *words = sys.argv[1:]
+given = dict(word.split(":=", 1) for word in words)
+service = LaunchService(argv=words)
+source = PythonLaunchDescriptionSource(path)
+service.include_launch_description(
+    LaunchDescription([IncludeLaunchDescription(source, launch_arguments=given.items())])
+)
+sys.exit(service.run())
+"""
+
+
+def constants(path: Path) -> dict[str, Any]:
+    """Literals assigned at the top of a file."""
+    found = {}
+    for statement in ast.parse(path.read_text()).body:
+        if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
+            try:
+                found[statement.targets[0].id] = ast.literal_eval(statement.value)
+            except ValueError:
+                continue
+    return found
+
+
+def test_there_are_two() -> None:
+    assert [path.name for path in FILES] == ["demo.launch.py", "nope.launch.py"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_files_parse_and_say_what_they_do(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    assert ast.get_docstring(tree)
+    functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    assert "generate_launch_description" in functions
+
+
+def test_arguments_are_the_nodes_own() -> None:
+    values = constants(ROOT / "launch" / "nope.launch.py")
+    assert set(values["PARAMETERS"]) - {"use_sim_time"} <= set(BY_NAME)
+    inputs = {endpoint.name for endpoint in topics.ENDPOINTS if endpoint.direction == "in"}
+    assert set(values["TOPICS"]) <= inputs
+
+
+def test_rviz_shows_what_the_node_publishes() -> None:
+    config = yaml.safe_load((ROOT / "config" / "nope.rviz").read_text())
+    displays = config["Visualization Manager"]["Displays"]
+    shown = {display["Class"].split("/")[1]: display.get("Topic", {}).get("Value") for display in displays}
+    assert {"TF", "MarkerArray", "Image", "PoseWithCovariance"} <= set(shown)
+    published = {endpoint.name.replace("~", "/nope") for endpoint in topics.ENDPOINTS if endpoint.direction == "out"}
+    published = {name.replace("<object_id>", "object") for name in published}
+    assert {topic for topic in shown.values() if topic} <= published
+
+
+# --- started --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def launch() -> None:
+    pytest.importorskip("launch", reason="launch is not installed: launch files are read, but not started")
+    pytest.importorskip("launch_ros", reason="launch_ros is not installed: launch files are read, but not started")
+
+
+@contextmanager
+def launched(log: Path, name: str, *words: str) -> Iterator[subprocess.Popen[bytes]]:
+    with log.open("w") as file:
+        command = [sys.executable, "-P", "-c", LAUNCHER, str(ROOT / "launch" / name), *words]
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, cwd=log.parent)
+        try:
+            yield process
+            if process.poll() is None:
+                process.send_signal(signal.SIGINT)
+            assert process.wait(15) == 0, log.read_text()
+        finally:
+            if process.poll() is None:
+                process.kill()
+    assert "Traceback" not in log.read_text(), log.read_text()
+
+
+def test_nope_launch(launch: None, tmp_path: Path) -> None:
+    parameters = tmp_path / "mine.yaml"
+    values = {"similarity_threshold": -1.0, "device": "cuda:77", "storage.directory": str(tmp_path / "objects")}
+    parameters.write_text(yaml.safe_dump({"/**": {"ros__parameters": values}}))
+    weights = write_untrained_weights(tmp_path / "weights")
+    words = ["namespace:=arm", "image:=/camera/color", "mask:=/detector/mask", "device:=cpu", f"weights:={weights}"]
+    image, mask = scene()
+    with ros_context(), launched(tmp_path / "log", "nope.launch.py", *words, f"params_file:={parameters}"):
+        robot = Robot("/arm/nope")
+        try:
+            assert robot.register("mug", image, mask).success
+            poses = robot.listen(topics.POSES)
+            when = time.time_ns()
+            robot.publish("/camera/color", image_message(image, "rgb8", when))
+            robot.publish("/arm/camera_info", camera_info_message(when))
+            robot.publish("/detector/mask", image_message(mask, "mono8", when))
+            assert robot.wait(poses, lambda message: message.poses).poses[0].object_id == "mug"
+        finally:
+            robot.close()
+
+
+def test_demo_launch(launch: None, tmp_path: Path) -> None:
+    sequence = ROOT / "demo" / "sequence"
+    if not sequence.is_dir():
+        pytest.skip("there is no bundled sequence")
+    weights = write_untrained_weights(tmp_path / "weights")
+    words = [f"data:={sequence}", f"weights:={weights}", "device:=cpu", "loop:=false", "rate:=10"]
+    with ros_context():
+        robot = Robot()
+        try:
+            with launched(tmp_path / "log", "demo.launch.py", *words) as process:
+                poses = robot.listen(topics.POSES)
+                robot.wait(poses, timeout=30)
+                robot.until(lambda: process.poll() is not None, "the end of the sequence", 60)
+        finally:
+            robot.close()
