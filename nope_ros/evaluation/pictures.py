@@ -18,7 +18,7 @@ _DPI = 110
 
 
 def write_pictures(report: Report, folder: Path) -> list[Path]:
-    """Draw ``reliability_<kind>.png`` and ``confidence_<kind>.png``; returns their paths, none without distributions."""
+    """Draw ``reliability_<kind>.png`` and ``confidence_<kind>.png``; returns their paths, if any."""
     scores: dict[str, list[PairScore]] = {
         prior: [score for score in report.scores if score.method == OURS and score.protocol == prior]
         for prior in report.protocols

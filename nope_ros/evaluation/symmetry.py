@@ -31,7 +31,7 @@ TOLERANCE = 0.07
 Set by looking at renders side by side: turns that leave a plain screwdriver or a cake of soap as it was change 0.03 to
 0.07; those that show another side of a print change 0.10 and more."""
 
-_VERSION = 1
+_VERSION = 2
 _ORDERS = (2, 3, 4, 5, 6)
 # No n-fold symmetry of small n has these turns; an axis of revolution has.
 _IRREGULAR = np.radians([23.0, 47.0, 101.0, 139.0])
@@ -255,7 +255,8 @@ def _closed(rotations: Sequence[Array], most: int = 60) -> Array:
     fresh = list(rotations)
     while fresh and len(group) < most:
         candidate = fresh.pop(0)
-        if geodesic_distance(np.stack(group), candidate).min() < np.radians(10):
+        # Axes are found to a degree or two, which products add up; turns of one group are 60° apart or more.
+        if geodesic_distance(np.stack(group), candidate).min() < np.radians(25):
             continue
         fresh += [candidate @ other for other in group] + [other @ candidate for other in group]
         group.append(candidate)
