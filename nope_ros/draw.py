@@ -263,8 +263,10 @@ def overlay(image: Picture, K: Array, objects: Sequence[Drawn]) -> Picture:
 def _tag(canvas: Picture, drawn: Drawn, K: Array, size: int) -> None:
     """Name, confidence and what kind of answer it is, above the object."""
     name = f"{drawn.label} " if drawn.label else ""
-    note = "" if drawn.ambiguity == Ambiguity.UNIQUE else f" · {drawn.ambiguity.name.lower()}"
-    text = f"{name}{100 * drawn.confidence:.0f} %{note}" + ("" if drawn.trusted else " · not trusted")
+    # One word at most: faint axes say "not trusted" too.
+    doubt = "" if drawn.trusted else " · not trusted"
+    note = doubt if drawn.ambiguity == Ambiguity.UNIQUE else f" · {drawn.ambiguity.name.lower()}"
+    text = f"{name}{100 * drawn.confidence:.0f} %{note}"
     height, width = canvas.shape[:2]
     if drawn.mask is not None and drawn.mask.any():
         columns, rows = np.flatnonzero(drawn.mask.any(axis=0)), np.flatnonzero(drawn.mask.any(axis=1))

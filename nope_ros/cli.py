@@ -1,0 +1,142 @@
+"""The command ``nope-ros``: one word says what to do, the rest goes to the module that does it.
+
+Modules are imported when they are asked for: most need neither ROS nor what training needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+Words = Sequence[str]
+
+
+@dataclass(frozen=True)
+class Command:
+    """A word, what runs it (given the words after it; returns the exit code), and what it does."""
+
+    word: str
+    run: Callable[[Words], int]
+    help: str
+
+
+def _demo(words: Words) -> int:
+    from nope_ros import demo
+
+    return demo.main(words)
+
+
+def _play(words: Words) -> int:
+    from nope_ros import player
+
+    return player.main(words)
+
+
+def _estimate(words: Words) -> int:
+    from nope_ros import offline
+
+    return offline.main(words)
+
+
+def _evaluate(words: Words) -> int:
+    from nope_ros.evaluation import evaluate
+
+    parser = argparse.ArgumentParser(
+        prog="nope-ros evaluate", description=evaluate.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    evaluate.add_arguments(parser)
+    return evaluate.main(parser.parse_args(words))
+
+
+def _render(words: Words) -> int:
+    from nope_ros.training import render_cache
+
+    render_cache.main(list(words))
+    return 0
+
+
+def _train(words: Words) -> int:
+    parser = argparse.ArgumentParser(prog="nope-ros train", description="Learn weights; goes on where it stopped.")
+    parser.add_argument("config", type=Path, help="YAML, such as config/train/rotated_latent.yaml")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint, the log and the weights")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="NAME=VALUE", help="values that replace the file's, such as budget_minutes=10"
+    )
+    given = parser.parse_args(words)
+    if not given.config.is_file():
+        parser.error(f"{given.config}: no such file")
+    overrides: dict[str, object] = {}
+    for item in given.overrides:
+        name, equals, value = item.partition("=")
+        if not equals:
+            parser.error(f"{item}: not NAME=VALUE")
+        overrides[name] = value
+
+    import yaml
+
+    from nope_ros.training import train
+
+    train.train(given.config, given.out, {name: yaml.safe_load(str(value)) for name, value in overrides.items()})
+    return 0
+
+
+def _reference(words: Words) -> int:
+    parser = argparse.ArgumentParser(prog="nope-ros reference", description="What the node offers, from its code.")
+    parser.add_argument("what", nargs="?", choices=("topics", "parameters", "yaml"), help="both tables by default")
+    given = parser.parse_args(words)
+
+    from nope_ros.node import parameters, topics
+
+    if given.what == "yaml":
+        print(parameters.yaml(), end="")
+        return 0
+    tables = {"topics": topics.table, "parameters": parameters.table}
+    print("\n\n".join(table() for name, table in tables.items() if given.what in (None, name)))
+    return 0
+
+
+COMMANDS = (
+    Command("demo", _demo, "the real node on a recorded sequence: poses, pictures, figures (needs ROS)"),
+    Command("play", _play, "a recorded sequence as ROS topics (needs ROS)"),
+    Command("estimate", _estimate, "poses in a folder of images, as a library does it"),
+    Command("evaluate", _evaluate, "figures on photographs, meshes, procedural objects or BOP"),
+    Command("render", _render, "training images of meshes and procedural objects"),
+    Command("train", _train, "learn weights from rendered images"),
+    Command("reference", _reference, "the node's topics and parameters (needs ROS)"),
+)
+
+
+def usage() -> str:
+    """What to type."""
+    width = max(len(command.word) for command in COMMANDS)
+    lines = [f"  {command.word:<{width}}  {command.help}" for command in COMMANDS]
+    return "usage: nope-ros COMMAND ...\n\n" + "\n".join(lines) + "\n\n`nope-ros COMMAND --help` tells its options."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if words else 2
+    command = next((command for command in COMMANDS if command.word == words[0]), None)
+    if command is None:
+        print(f"nope-ros: '{words[0]}' is unknown\n\n{usage()}", file=sys.stderr)
+        return 2
+    try:
+        return command.run(words[1:])
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").split(".")[0]
+        if missing == "nope_ros" and error.name not in ("nope_ros.msg", "nope_ros.srv"):
+            raise  # ours, and missing: not a matter of installing something
+        wanted = "ROS 2 and the built messages (`make setup`, then source install/setup.bash)"
+        needs = wanted if missing in ("rclpy", "nope_ros") or missing.endswith("_msgs") else missing
+        print(f"nope-ros {command.word}: needs {needs}; '{error.name}' is not there", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,394 @@
+"""Recorded sequences of one object: a folder of images, masks and ``poses.json``, or a bag.
+
+A folder (see ``demo/sequence``):
+
+    poses.json    "images": a list of {"file", "mask", "K" (3×3), optional "R" (3×3) and "t" (3)}, where
+                  x_camera = R x_object + t, optical axes, metres; images undistorted. Optional "up" (3): the object's
+                  up axis in its own frame, which gives gravity in every image, and "object": its name.
+    images/ masks/    masks: above 127 is the object
+
+A bag (MCAP or sqlite3) needs ROS to be read: its messages are decoded by the node's own converters.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from nope_ros.frame import Camera, InputError
+
+if TYPE_CHECKING:
+    from rosbags.highlevel import AnyReader
+    from rosbags.interfaces import Connection
+
+Array = NDArray[np.float64]
+
+POSES_FILE = "poses.json"
+BAG_SUFFIXES = (".mcap", ".db3")
+
+_IMAGE = "sensor_msgs/msg/Image"
+_COMPRESSED = "sensor_msgs/msg/CompressedImage"
+_CAMERA_INFO = "sensor_msgs/msg/CameraInfo"
+# Sent along with the frames of a bag, as they are: what gravity can be read from.
+_PASSED_ON = ("tf2_msgs/msg/TFMessage", "sensor_msgs/msg/Imu")
+_MASK_NAME = re.compile(r"mask|segment|label|instance", re.IGNORECASE)
+# Frames of a bag that wait for their masks at once; a slow detector is a second or two behind.
+_WAITING = 150
+
+
+@dataclass(frozen=True)
+class Truth:
+    """The true pose of the object, x_camera = R x_object + t: R (3, 3), t (3,) metres. For scoring only."""
+
+    R_camera_object: Array
+    t_camera_object: Array
+
+    @property
+    def direction(self) -> Array:
+        """Unit vector (3,) from the object to the camera, object frame."""
+        towards: Array = -self.R_camera_object.T @ self.t_camera_object
+        return towards / np.linalg.norm(towards)
+
+
+@dataclass(frozen=True)
+class PassedOn:
+    """A message of a bag that is published as it is: topic, type and serialized form."""
+
+    topic: str
+    type_name: str
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One frame of a sequence.
+
+    Attributes:
+        name: of the image file, or the stamp.
+        image: (H, W, 3) uint8 RGB.
+        mask: (H, W) bool.
+        camera: its calibration.
+        gravity_camera: (3,) direction of gravity (down), or None if the sequence does not tell.
+        truth: or None.
+        frame_id: of the camera.
+        stamp: nanoseconds; None where the sequence has no clock of its own.
+        before: messages to publish before this frame.
+    """
+
+    name: str
+    image: NDArray[np.uint8]
+    mask: NDArray[np.bool_]
+    camera: Camera
+    gravity_camera: Array | None = None
+    truth: Truth | None = None
+    frame_id: str = "camera_optical_frame"
+    stamp: int | None = None
+    before: tuple[PassedOn, ...] = ()
+
+
+def packaged(name: str) -> Path | None:
+    """A file or folder that comes with the package such as ``demo/sequence``, in the checkout or installed, or None."""
+    shares = [Path(prefix, "share", "nope_ros") for prefix in os.environ.get("AMENT_PREFIX_PATH", "").split(os.pathsep)]
+    for root in (Path.cwd(), Path(__file__).resolve().parent.parent, *shares):
+        if (root / "nope_ros").is_dir() or root in shares:
+            path = root / name
+            if path.exists():
+                return path
+    return None
+
+
+class Recording(ABC):
+    """A sequence; can be read more than once, one frame in memory at a time.
+
+    Attributes:
+        name: of the object, or of the file.
+    """
+
+    name: str
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of frames; of a bag at most, as masks may be missing."""
+
+    @abstractmethod
+    def __iter__(self) -> Iterator[Moment]:
+        """The frames in order."""
+
+
+@dataclass(frozen=True)
+class Topics:
+    """Which topics of a bag to read; empty: found by type and name."""
+
+    image: str = ""
+    mask: str = ""
+    camera_info: str = ""
+
+
+def open_recording(
+    path: str | Path, *, topics: Topics | None = None, instance: int = 0, reference: int = 0, limit: int | None = None
+) -> Recording:
+    """Open a folder or a bag.
+
+    Args:
+        path: folder with poses.json, bag folder with metadata.yaml, or an .mcap or .db3 file.
+        topics: of a bag.
+        instance: id of the object in a bag's mask; 0: whatever is above 0.
+        reference: index of a folder's reference frame, which is moved to the front.
+        limit: most frames, evenly spread over the sequence (of a bag: the first ones).
+
+    Raises:
+        InputError: if it is neither, or incomplete.
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder")
+    if limit is not None and limit < 1:
+        raise InputError(f"frames: {limit} is not positive")
+    if (path / POSES_FILE).is_file():
+        return FolderRecording(path, reference=reference, limit=limit)
+    if path.suffix in BAG_SUFFIXES or (path / "metadata.yaml").is_file():
+        return BagRecording(path, topics or Topics(), instance=instance, limit=limit)
+    inside = sorted(entry for entry in path.iterdir() if entry.suffix in BAG_SUFFIXES) if path.is_dir() else []
+    if len(inside) == 1:
+        return BagRecording(inside[0], topics or Topics(), instance=instance, limit=limit)
+    raise InputError(
+        f"{path}: neither a sequence (a folder with {POSES_FILE}, images and masks) nor a bag (a folder with "
+        "metadata.yaml, or an .mcap or .db3 file)"
+    )
+
+
+class FolderRecording(Recording):
+    """Images, masks and poses.json."""
+
+    def __init__(self, folder: Path, *, reference: int = 0, limit: int | None = None) -> None:
+        self.folder = folder
+        try:
+            content = json.loads((folder / POSES_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{folder / POSES_FILE}: cannot be read ({error})") from None
+        entries = content.get("images") if isinstance(content, dict) else None
+        if not isinstance(entries, list) or not entries:
+            raise InputError(f"{folder / POSES_FILE}: 'images' is missing or empty")
+        if not 0 <= reference < len(entries):
+            raise InputError(f"reference: {reference} is not within 0..{len(entries) - 1}")
+        self.name = str(content.get("object") or folder.name).rsplit("/", 1)[-1]
+        self.up = _vector(content["up"], f"{folder / POSES_FILE}: 'up'") if content.get("up") is not None else None
+        # Others keep their order: a video with one frame moved is still a video.
+        others = [entry for index, entry in enumerate(entries) if index != reference]
+        ordered = [entries[reference], *others]
+        if limit is not None and limit < len(ordered):
+            ordered = [ordered[i] for i in np.unique(np.linspace(0, len(ordered) - 1, limit).round().astype(int))]
+        self.entries: list[dict[str, Any]] = ordered
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __iter__(self) -> Iterator[Moment]:
+        for entry in self.entries:
+            yield self._moment(entry)
+
+    def _moment(self, entry: dict[str, Any]) -> Moment:
+        where = f"{self.folder / POSES_FILE}: image '{entry.get('file')}'"
+        try:
+            image_path, mask_path = self.folder / entry["file"], self.folder / entry["mask"]
+            K = np.array(entry["K"], np.float64)
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{where}: {error} is missing or wrong") from None
+        rgb = np.ascontiguousarray(_pixels(image_path, cv2.IMREAD_COLOR)[..., ::-1])
+        mask = _pixels(mask_path, cv2.IMREAD_GRAYSCALE)
+        truth = None
+        if entry.get("R") is not None and entry.get("t") is not None:
+            R = np.array(entry["R"], np.float64)
+            if R.shape != (3, 3) or not np.allclose(R @ R.T, np.eye(3), atol=1e-3) or np.linalg.det(R) < 0:
+                raise InputError(f"{where}: R is not a rotation matrix")
+            truth = Truth(R, _vector(entry["t"], f"{where}: t"))
+        return Moment(
+            name=image_path.name,
+            image=rgb,
+            mask=np.asarray(mask > 127),
+            camera=Camera(K, rgb.shape[1], rgb.shape[0]),
+            gravity_camera=None if truth is None or self.up is None else -truth.R_camera_object @ self.up,
+            truth=truth,
+        )
+
+
+def _pixels(path: Path, flags: int) -> NDArray[np.uint8]:
+    pixels: NDArray[np.uint8] | None = cv2.imread(str(path), flags)
+    if pixels is None:
+        raise InputError(f"{path}: cannot be read as an image")
+    return pixels
+
+
+def _vector(values: Any, what: str) -> Array:
+    vector = np.array(values, np.float64)
+    if vector.shape != (3,) or not np.isfinite(vector).all() or not vector.any():
+        raise InputError(f"{what} is not three numbers, not all zero")
+    return vector
+
+
+class BagRecording(Recording):
+    """The image, mask and camera_info topics of a bag."""
+
+    def __init__(self, path: Path, topics: Topics, *, instance: int = 0, limit: int | None = None) -> None:
+        self.path = path
+        self.name = path.stem
+        self.instance = instance
+        self.limit = limit
+        try:
+            from nope_ros.node import messages  # noqa: F401  (whether ROS is there)
+        except ImportError as error:
+            raise InputError(f"{path}: reading a bag needs ROS ({error}); run `make setup`, or source ROS") from None
+        with self._reader() as reader:
+            self.topics = choose_topics({c.topic: c.msgtype for c in reader.connections}, topics)
+            counts = {name: reader.topics[name].msgcount for name in (self.topics.image, self.topics.mask)}
+        empty = [name for name, count in counts.items() if count == 0]
+        if empty:
+            raise InputError(f"{path}: no message on {', '.join(empty)}")
+        self.count = min(counts.values())
+
+    def __len__(self) -> int:
+        return self.count if self.limit is None else min(self.count, self.limit)
+
+    @cached_property
+    def imu_topic(self) -> str:
+        """A topic of inertial measurements, or an empty string."""
+        with self._reader() as reader:
+            return next((c.topic for c in reader.connections if c.msgtype == "sensor_msgs/msg/Imu"), "")
+
+    def __iter__(self) -> Iterator[Moment]:
+        yielded = 0
+        for moment in self._pairs():
+            yield moment
+            yielded += 1
+            if self.limit is not None and yielded >= self.limit:
+                return
+        if yielded == 0:
+            raise InputError(
+                f"{self.path}: no mask on {self.topics.mask} has the stamp of an image on {self.topics.image}, or no "
+                f"calibration came on {self.topics.camera_info}"
+            )
+
+    def _pairs(self) -> Iterator[Moment]:
+        waiting: dict[str, dict[int, Any]] = {self.topics.image: {}, self.topics.mask: {}}
+        camera_info: Any = None
+        before: list[PassedOn] = []
+        with self._reader() as reader:
+            wanted = [c for c in reader.connections if self._wanted(c)]
+            for connection, _, data in reader.messages(connections=wanted):
+                if connection.msgtype in _PASSED_ON:
+                    before.append(PassedOn(connection.topic, connection.msgtype, bytes(data)))
+                    continue
+                message = _decoded(connection.msgtype, bytes(data))
+                if connection.topic == self.topics.camera_info:
+                    camera_info = message
+                    continue
+                stamp = message.header.stamp.sec * 1_000_000_000 + message.header.stamp.nanosec
+                waiting[connection.topic][stamp] = message
+                image, mask = (waiting[topic].get(stamp) for topic in (self.topics.image, self.topics.mask))
+                if image is not None and mask is not None and camera_info is not None:
+                    moment = self._moment(stamp, image, mask, camera_info, tuple(before))
+                    for held in waiting.values():
+                        for old in [other for other in held if other <= stamp]:
+                            del held[old]
+                    if moment is not None:
+                        before.clear()
+                        yield moment
+                for held in waiting.values():
+                    while len(held) > _WAITING:
+                        del held[min(held)]
+
+    def _moment(
+        self, stamp: int, image: Any, mask: Any, camera_info: Any, before: tuple[PassedOn, ...]
+    ) -> Moment | None:
+        from nope_ros.node import messages
+
+        ids = messages.mask_array(mask)
+        object_mask = ids == self.instance if self.instance else ids > 0
+        if not object_mask.any():
+            return None  # not in view: nothing to play, and the node would say so
+        return Moment(
+            name=f"{stamp / 1e9:.3f}",
+            image=messages.image_array(image),
+            mask=object_mask,
+            camera=messages.camera(camera_info),
+            frame_id=image.header.frame_id or "camera",
+            stamp=stamp,
+            before=before,
+        )
+
+    def _wanted(self, connection: Connection) -> bool:
+        chosen = (self.topics.image, self.topics.mask, self.topics.camera_info)
+        return connection.topic in chosen or connection.msgtype in _PASSED_ON
+
+    def _reader(self) -> AnyReader:
+        from rosbags.highlevel import AnyReader, AnyReaderError
+        from rosbags.typesys import Stores, get_typestore
+
+        try:
+            # Bags of sqlite3 carry no definitions; those of the messages read here are the same in all distributions.
+            return AnyReader([self.path], default_typestore=get_typestore(Stores.ROS2_JAZZY))
+        except (AnyReaderError, OSError) as error:
+            raise InputError(f"{self.path}: cannot be read as a bag ({error})") from None
+
+
+def choose_topics(types: dict[str, str], wanted: Topics) -> Topics:
+    """The topics of a bag that hold image, mask and calibration.
+
+    Args:
+        types: of each topic, as ``sensor_msgs/msg/Image``.
+        wanted: names given by the user; empty ones are found by type and name.
+
+    Raises:
+        InputError: if one is missing, or more than one would do; it lists what is there.
+    """
+    listed = "; the bag holds " + ", ".join(f"{name} ({kind})" for name, kind in sorted(types.items()))
+    for name in (wanted.image, wanted.mask, wanted.camera_info):
+        if name and name not in types:
+            raise InputError(f"topic {name} is not in the bag{listed}")
+    pictures = [name for name, kind in sorted(types.items()) if kind in (_IMAGE, _COMPRESSED)]
+    depths = [name for name in pictures if "depth" in name.lower()]
+    masks = [name for name in pictures if _MASK_NAME.search(name) and types[name] == _IMAGE]
+    images = [name for name in pictures if name not in masks and name not in depths]
+    overlays = [name for name in images if "overlay" in name.lower()]
+    images = [name for name in images if name not in overlays] or images
+    # A raw image and its compressed twin are one choice.
+    images = [name for name in images if name.removesuffix("/compressed") not in images or "/compressed" not in name]
+
+    def choose(given: str, found: list[str], what: str, option: str) -> str:
+        if given:
+            return given
+        if len(found) == 1:
+            return found[0]
+        problem = f"no {what} topic was found" if not found else f"{len(found)} topics could be the {what}"
+        raise InputError(f"{problem}; name it with {option}{listed}")
+
+    image = choose(wanted.image, images, "image", "--image-topic")
+    infos = [name for name, kind in sorted(types.items()) if kind == _CAMERA_INFO]
+    beside = image.removesuffix("/compressed").rpartition("/")[0] + "/camera_info"
+    infos = [beside] if beside in infos else infos
+    return Topics(
+        image=image,
+        mask=choose(wanted.mask, [name for name in masks if name != image], "mask", "--mask-topic"),
+        camera_info=choose(wanted.camera_info, infos, "camera_info", "--camera-info-topic"),
+    )
+
+
+def _decoded(type_name: str, data: bytes) -> Any:
+    from rclpy.serialization import deserialize_message
+    from sensor_msgs.msg import CameraInfo, CompressedImage, Image
+
+    classes: dict[str, type] = {_IMAGE: Image, _COMPRESSED: CompressedImage, _CAMERA_INFO: CameraInfo}
+    if type_name not in classes:
+        raise InputError(f"messages of type {type_name} are neither images nor calibrations")
+    return deserialize_message(data, classes[type_name])
