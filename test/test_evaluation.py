@@ -13,7 +13,17 @@ from nope_ros.crop import virtual_crop
 from nope_ros.distribution import RotationDistribution
 from nope_ros.estimator import PoseEstimator
 from nope_ros.evaluation import evaluate
-from nope_ros.evaluation.baselines import CHANCE, NO_MOTION, OURS, SIFT, EstimatorMethod, NoMotion, SiftEssential
+from nope_ros.evaluation.baselines import (
+    CHANCE,
+    GRID_ONLY,
+    NO_MOTION,
+    NOT_TURNED,
+    OURS,
+    SIFT,
+    EstimatorMethod,
+    NoMotion,
+    SiftEssential,
+)
 from nope_ros.evaluation.bop import bop_set
 from nope_ros.evaluation.meshes import mesh_set, procedural_set, random_camera
 from nope_ros.evaluation.metrics import Calibration, PairScore, Scores, calibration, reliability
@@ -539,7 +549,10 @@ def test_the_report_has_the_figures_promised(photos, estimator, tmp_path):
     assert report.table(objects=True).row_count == 3 * 2 * (4 + 2)
     from nope_ros.evaluation.pictures import write_pictures
 
-    assert [path.stat().st_size > 1000 for path in write_pictures(report, tmp_path / "pictures")] == [True, True]
+    pictures = write_pictures(report, tmp_path / "pictures", photo_set(photos, references=2))
+    assert {path.name for path in pictures} >= {"reliability_photos.png", "confidence_photos.png"}
+    assert len(pictures) > 2
+    assert all(cv2.imread(str(path)).std() > 1 for path in pictures)
 
 
 def test_bad_photo_folders_are_named(tmp_path, photos):
@@ -661,6 +674,21 @@ def test_sift_finds_a_small_turn_of_a_printed_box():
     assert sift.estimate([nothing], observations[1], "free")[0].delta_R == pytest.approx(np.eye(3))
 
 
+def test_what_an_ablation_leaves_out(photos, estimator):
+    found = photo_set(photos, references=1, objects=["tripod"])
+    report = evaluate.evaluate_set(found, evaluate.methods_for(estimator, ablations=True), PRIORS)
+    for prior in PRIORS:
+        parts = {
+            name: [one for one in report.scores if one.method == name and one.protocol == prior]
+            for name in (OURS, GRID_ONLY, NOT_TURNED)
+        }
+        for full, grid, turned in zip(*parts.values(), strict=True):
+            assert full.delta_R != grid.delta_R
+            assert full.calibration == grid.calibration
+            # A crop is turned by some degrees.
+            assert 0.2 < np.degrees(geodesic_distance(full.delta_R, turned.delta_R)) < 10
+
+
 def test_chance_and_no_motion(photos, estimator):
     report = evaluate.evaluate_photos(photos, estimator, references=5, baselines=True, objects=["tripod"])
     for prior in PRIORS:
@@ -696,9 +724,9 @@ def test_the_command(tmp_path, photos, predictor, capsys):
     assert values["seeds"] == [1, 2]
     assert "free" not in values
     assert "tripod" in capsys.readouterr().out
-    assert len(list((tmp_path / "pictures").glob("*.png"))) == 2
-    with pytest.raises(InputError, match="--pairs"):
-        evaluate.run(parser.parse_args([*words, "--pairs", "0"]))
+    assert {path.name for path in (tmp_path / "pictures").glob("c*.png")} == {"confidence_photos.png"}
+    assert evaluate.main(parser.parse_args([*words, "--pairs", "0"])) == 2
+    assert "--pairs: 0 is not positive" in capsys.readouterr().err
 
 
 # --- Calibration ----------------------------------------------------------------------------------------------------

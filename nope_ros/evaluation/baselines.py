@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import cv2
@@ -15,6 +15,7 @@ from nope_ros.estimator import PoseEstimator
 from nope_ros.evaluation.protocol import Answer, Observation, generator
 from nope_ros.frame import Frame
 from nope_ros.prior import Prior, free_rotations, log_prior, upright_rotations
+from nope_ros.rotations import turn_to
 
 Array = NDArray[np.float64]
 
@@ -22,6 +23,8 @@ OURS = "nope_ros"
 CHANCE = "chance"
 NO_MOTION = "no motion"
 SIFT = "SIFT"
+GRID_ONLY = "ours, grid rotation only"
+NOT_TURNED = "ours, crop not turned back"
 
 
 class EstimatorMethod:
@@ -46,6 +49,47 @@ class EstimatorMethod:
             query.frame, registered, prior=prior, gravity_camera=query.gravity_camera
         )
         return [Answer(one.delta_R, one.distribution, one.t_camera_object, one.confidence) for one in estimates]
+
+
+class GridOnly(EstimatorMethod):
+    """Ours, but the answer is the most probable rotation of the grid, not the mean of the peak that holds most mass."""
+
+    def __init__(self, estimator: PoseEstimator) -> None:
+        super().__init__(estimator, GRID_ONLY)
+
+    def estimate(self, registered: list[Any], query: Observation, prior: Prior) -> list[Answer]:
+        """Ours, with another rotation."""
+        answers = super().estimate(registered, query, prior)
+        return [
+            replace(answer, delta_R=answer.distribution.rotations[np.argmax(answer.distribution.probabilities)])
+            for answer in answers
+            if answer.distribution is not None
+        ]
+
+
+class NotTurnedBack(EstimatorMethod):
+    """Ours, but what the network sees (allocentric) is taken for what the camera sees (egocentric)."""
+
+    def __init__(self, estimator: PoseEstimator) -> None:
+        super().__init__(estimator, NOT_TURNED)
+
+    def register(self, reference: Observation, R_camera_object: Array, t_camera_object: Array) -> Any:
+        """Ours, and the turn of its crop."""
+        return super().register(reference, R_camera_object, t_camera_object), _turn(reference)
+
+    def estimate(self, registered: list[Any], query: Observation, prior: Prior) -> list[Answer]:
+        """Ours, without the last step."""
+        answers = super().estimate([one for one, _ in registered], query, prior)
+        turn = _turn(query)
+        return [
+            replace(answer, delta_R=turn @ answer.delta_R @ turn_reference.T, distribution=None)
+            for answer, (_, turn_reference) in zip(answers, registered, strict=True)
+        ]
+
+
+def _turn(observation: Observation) -> Array:
+    # The crop's rotation without its roll, which gravity asks for in either case.
+    return turn_to(_crop(observation)[0].R_virtual_camera[2])
 
 
 class NoMotion:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -18,7 +19,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from nope_ros.estimator import PoseEstimator
-from nope_ros.evaluation.baselines import OURS, Chance, EstimatorMethod, NoMotion, SiftEssential
+from nope_ros.evaluation.baselines import (
+    OURS,
+    Chance,
+    EstimatorMethod,
+    GridOnly,
+    NoMotion,
+    NotTurnedBack,
+    SiftEssential,
+)
 from nope_ros.evaluation.metrics import PairScore, Scores, calibration
 from nope_ros.evaluation.protocol import (
     REFERENCES,
@@ -341,10 +350,16 @@ def _angle(R_a: Array, R_b: Array) -> float:
     return float(np.degrees(2 * np.arcsin(np.clip(chord / np.sqrt(8), 0, 1))))
 
 
-def methods_for(estimator: PoseEstimator, *, baselines: bool = False, seed: int = 0) -> list[Method]:
-    """Ours, and with ``baselines`` what it is compared with."""
+def methods_for(
+    estimator: PoseEstimator, *, baselines: bool = False, ablations: bool = False, seed: int = 0
+) -> list[Method]:
+    """Ours; with ``ablations``, ours with a part removed; with ``baselines``, what it is compared with."""
     methods: list[Method] = [EstimatorMethod(estimator)]
-    return [*methods, Chance(seed), NoMotion(), SiftEssential()] if baselines else methods
+    if ablations:
+        methods += [GridOnly(estimator), NotTurnedBack(estimator)]
+    if baselines:
+        methods += [Chance(seed), NoMotion(), SiftEssential()]
+    return methods
 
 
 def evaluate_photos(
@@ -492,6 +507,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             "--occlusion", type=float, default=0.0, metavar="SHARE", help="of each query's box to hide (%(default)s)"
         )
         kind.add_argument("--baselines", action="store_true", help="add chance, no motion, SIFT + essential matrix")
+        kind.add_argument("--ablations", action="store_true", help="add ours with a part removed")
         kind.add_argument("--per-object", action="store_true", help="a row for each object")
         kind.add_argument("--json", type=Path, metavar="OUT", help="write the figures to this file")
         kind.add_argument("--pictures", type=Path, metavar="FOLDER", help="draw reliability and confidence there")
@@ -505,8 +521,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             kind.add_argument("--cache", type=Path, help="file of known symmetries; by default the user's")
 
 
-def run(args: argparse.Namespace, progress: bool = True) -> Report:
-    """The evaluation that the arguments ask for.
+def _sets(args: argparse.Namespace, protocols: Sequence[Prior]) -> list[tuple[int, EvaluationSet]]:
+    """The test set for each seed."""
+    sets = []
+    for seed in args.seed or [0]:
+        if args.kind == "photos":
+            from nope_ros.evaluation.photos import photo_set
+
+            options = {"objects": args.objects, "references": args.references, "pairs": args.pairs}
+            found = photo_set(args.dir, seed, **options)
+        elif args.kind == "bop":
+            from nope_ros.evaluation.bop import bop_set
+
+            options = {"objects": args.objects, "references": args.references, "pairs": args.pairs}
+            found = bop_set(args.dir, args.split, seed, **options)
+        else:
+            from nope_ros.evaluation.meshes import mesh_set, procedural_set
+
+            options = {"protocols": protocols, "pairs": args.pairs, "cache": args.cache}
+            if args.kind == "meshes":
+                found = mesh_set(args.dir, seed, objects=args.objects, **options)
+            else:
+                found = procedural_set(seed, count=args.count, **options)
+        sets.append((seed, found))
+    return sets
+
+
+def run(args: argparse.Namespace, progress: bool = True) -> tuple[Report, EvaluationSet]:
+    """The evaluation that the arguments ask for, and the test set (of the first seed).
 
     Raises:
         InputError: naming what does not fit.
@@ -515,51 +557,48 @@ def run(args: argparse.Namespace, progress: bool = True) -> Report:
     protocols = tuple(prior for prior in PRIORS if prior in asked or "all" in asked)
     if args.pairs is not None and args.pairs < 1:
         raise InputError(f"--pairs: {args.pairs} is not positive")
+    sets = _sets(args, protocols)
     estimator = PoseEstimator.from_pretrained(args.predictor, device=args.device)
-    reports = []
-    for seed in args.seed or [0]:
-        common: dict[str, Any] = {
-            "seed": seed,
-            "pairs": args.pairs,
-            "occlusion": args.occlusion,
-            "baselines": args.baselines,
-            "progress": progress,
-        }
-        if args.kind == "photos":
-            options = {"objects": args.objects, "references": args.references, **common}
-            reports.append(evaluate_photos(args.dir, estimator, protocols, **options))
-        elif args.kind == "meshes":
-            options = {"objects": args.objects, "cache": args.cache, **common}
-            reports.append(evaluate_meshes(args.dir, estimator, protocols, **options))
-        elif args.kind == "procedural":
-            options = {"count": args.count, "cache": args.cache, **common}
-            reports.append(evaluate_procedural(estimator, protocols, **options))
-        else:
-            options = {"objects": args.objects, "references": args.references, **common}
-            reports.append(evaluate_bop(args.dir, args.split, estimator, protocols, **options))
-    return Report.pooled(reports)
+    reports = [
+        evaluate_set(
+            found,
+            methods_for(estimator, baselines=args.baselines, ablations=args.ablations, seed=seed),
+            protocols,
+            seed=seed,
+            occlusion=args.occlusion,
+            model=estimator.model_name,
+            progress=progress,
+        )
+        for seed, found in sets
+    ]
+    return Report.pooled(reports), sets[0][1]
 
 
 def main(args: argparse.Namespace) -> int:
     """``nope-ros evaluate``: evaluates, prints a table, writes what was asked for; returns the exit status."""
-    report = run(args)
     console = Console()
     # Figures cut off at a narrow terminal's edge would be of no use.
     console.width = max(console.width, _TABLE_WIDTH)
+    try:
+        report, evaluation_set = run(args)
+    except InputError as error:
+        print(f"nope-ros evaluate: {error}", file=sys.stderr)
+        return 2
     console.print(report.table(objects=args.per_object))
     for line in report.skipped:
         console.print(f"not used: {line}", style="yellow", highlight=False)
     if not report.scores:
         console.print("nothing was evaluated: the set has no pairs for these protocols", style="red")
+        return 1
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(report.to_json() + "\n", encoding="utf-8")
     if args.pictures is not None:
         from nope_ros.evaluation.pictures import write_pictures
 
-        for path in write_pictures(report, args.pictures):
+        for path in write_pictures(report, args.pictures, evaluation_set):
             console.print(f"wrote {path}", highlight=False)
-    return 0 if report.scores else 1
+    return 0
 
 
 def _command(arguments: Sequence[str] | None = None) -> int:
