@@ -7,6 +7,7 @@ For files with pictures and figures in them, see `nope-ros demo`.
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -19,6 +20,7 @@ from launch.actions import (
     IncludeLaunchDescription,
     OpaqueFunction,
     RegisterEventHandler,
+    SetEnvironmentVariable,
     Shutdown,
 )
 from launch.event_handlers import OnProcessExit
@@ -71,4 +73,13 @@ def processes(context: LaunchContext) -> list[LaunchDescriptionEntity]:
     words += [] if gravity else ["--no-gravity"]
     player = ExecuteProcess(cmd=words, name="player", output="screen")
     end = RegisterEventHandler(OnProcessExit(target_action=player, on_exit=[Shutdown(reason="the sequence has ended")]))
-    return [node, player, end]
+    return [*_room_for_images(), node, player, end]
+
+
+def _room_for_images() -> list[LaunchDescriptionEntity]:
+    """Fast DDS as config/fastdds.xml says, which says why, unless the user has profiles of their own."""
+    names = ["FASTDDS_DEFAULT_PROFILES_FILE"]
+    if os.environ.get("ROS_DISTRO") == "jazzy":
+        names.append("FASTRTPS_DEFAULT_PROFILES_FILE")
+    path = str(SHARE / "config" / "fastdds.xml")
+    return [SetEnvironmentVariable(name, path) for name in names if name not in os.environ]

@@ -3,6 +3,8 @@ r"""The node on a robot's topics.
     ros2 launch nope_ros nope.launch.py image:=/camera/color/image_raw camera_info:=/camera/color/camera_info \
         mask:=/segmentation/mask params_file:=my.yaml rviz:=true
 
+Raw images of 640 x 480 px and more are larger than Fast DDS's shared memory by default; see config/fastdds.xml.
+
 `--show-args` lists all arguments. An argument wins over the file, and the file over the node's defaults.
 """
 

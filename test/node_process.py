@@ -29,6 +29,7 @@ from nope_ros.models.rotated_latent import RotatedLatentConfig, RotatedLatentNet
 from nope_ros.node import topics
 from nope_ros.srv import ListObjects, RegisterObject, UnregisterObject
 
+ROOT = Path(__file__).parent.parent
 FRAME = "camera_optical"
 # One side of a connection knows of it before the other does, and what is sent in between is lost.
 _SETTLE = 0.3
@@ -224,9 +225,10 @@ def _as_yaml(value: Any) -> str:
 
 @contextmanager
 def ros_context() -> Iterator[None]:
-    """rclpy on a domain of this process's own, on this machine only."""
+    """rclpy on a domain of this process's own, on this machine only, with room for images."""
     os.environ["ROS_DOMAIN_ID"] = str(1 + os.getpid() % 100)
     os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] = "LOCALHOST"
+    os.environ.setdefault("FASTDDS_DEFAULT_PROFILES_FILE", str(ROOT / "config" / "fastdds.xml"))
     rclpy.init()
     try:
         yield

@@ -13,6 +13,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+import rclpy
 import torch
 from builtin_interfaces.msg import Time
 from geometry_msgs.msg import Pose, Quaternion, TransformStamped, Vector3
@@ -21,6 +22,7 @@ from lifecycle_msgs.srv import ChangeState, GetState
 from node_process import (
     FRAME,
     HEIGHT,
+    ROOT,
     WIDTH,
     K,
     NodeProcess,
@@ -39,8 +41,14 @@ from sensor_msgs.msg import CompressedImage, Imu
 from tf2_msgs.msg import TFMessage
 
 from nope_ros.estimator import PoseEstimator
-from nope_ros.node import topics
+from nope_ros.latent import DEFAULT_WEIGHTS
+from nope_ros.node import messages, topics
+from nope_ros.player import LEVEL_FRAME, Player, registration_request
+from nope_ros.rotations import geodesic_distance
+from nope_ros.sequence import open_recording
 from nope_ros.srv import RegisterObject
+
+SEQUENCE = ROOT / "demo" / "sequence"
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -511,6 +519,65 @@ def test_gravity_from_a_parameter_and_priors(node: NodeProcess, robot: Robot) ->
     assert robot.wait(poses, lambda message: _nanoseconds(message) == when).poses[0].prior == "free"
     node.says("'standing' needs gravity, which is not known for 'mug'")
     assert set_parameter(robot, "prior", "auto") == ""
+
+
+# --- how good it is -------------------------------------------------------------------------------------------------
+
+
+def test_poses_on_tf_against_the_truth(tmp_path: Path, node: NodeProcess) -> None:
+    """The packaged weights on the bundled sequence: what a robot would find on TF, in degrees and in metres."""
+    if not (DEFAULT_WEIGHTS.is_dir() and SEQUENCE.is_dir()):
+        pytest.skip(f"{DEFAULT_WEIGHTS.name} weights or the bundled sequence are not there: accuracy is not judged")
+    moments = list(open_recording(SEQUENCE, limit=25))
+    reference, truth = moments[0], moments[0].truth
+    assert truth is not None and reference.gravity_camera is not None
+    shown = [
+        moment for moment in moments[1:] if moment.truth is not None and moment.truth.direction @ truth.direction > 0
+    ]
+    assert len(shown) >= 8
+    storage, log = tmp_path / "objects", tmp_path / "log"
+    names = ("--ros-args", "-r", "__ns:=/good")
+    good = NodeProcess(
+        log, DEFAULT_WEIGHTS, storage, *names, **{"gravity.frame": LEVEL_FRAME, "confidence_threshold": 0.0}
+    )
+    robot = Robot("/good/nope")
+    try:
+        good.says("Active", 60)
+        tf = robot.listen(topics.TF)
+        player = Player(rclpy.create_node("player", namespace="good"))
+        robot.until(
+            lambda: all(one.get_subscription_count() for one in (*player.inputs, player.tf)), "the node's inputs"
+        )
+        time.sleep(0.5)
+        stamp = time.time_ns()
+        player.send_gravity(reference, stamp)
+        distance = float(np.linalg.norm(truth.t_camera_object))
+        request = registration_request(reference, stamp, "lorry", distance=distance, gravity_known=True)
+        pose = messages.pose(truth.R_camera_object, truth.t_camera_object)
+        request.use_reference_pose, request.reference_pose = True, pose
+        response = robot.call(RegisterObject, "/good/nope/register_object", request)
+        assert response.success, response.message
+        degrees, metres = [], []
+        for moment in shown:
+            stamp = time.time_ns()
+            player.send_gravity(moment, stamp)
+            player.send(moment, stamp)
+            found = robot.wait(
+                tf,
+                lambda message, stamp=stamp: (  # type: ignore[misc]
+                    message.transforms[0].child_frame_id == "lorry" and _nanoseconds(message.transforms[0]) == stamp
+                ),
+            ).transforms[0]
+            assert found.header.frame_id == moment.frame_id and moment.truth is not None
+            R = rotation(found.transform.rotation)
+            degrees.append(float(np.degrees(geodesic_distance(R, moment.truth.R_camera_object))))
+            metres.append(float(np.linalg.norm(vector(found.transform.translation) - moment.truth.t_camera_object)))
+        print(f"degrees: {np.round(degrees, 1)}, metres: {np.round(metres, 3)} at {distance:.2f} m")
+        assert np.median(degrees) < 20 and np.mean(np.array(degrees) < 30) >= 0.8, degrees
+        assert np.median(metres) < 0.06 * distance and max(metres) < 0.25 * distance, metres
+    finally:
+        good.stop()
+        robot.close()
 
 
 # --- life -----------------------------------------------------------------------------------------------------------
