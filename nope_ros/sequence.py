@@ -17,6 +17,7 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -331,13 +332,15 @@ class BagRecording(Recording):
         chosen = (self.topics.image, self.topics.mask, self.topics.camera_info)
         return connection.topic in chosen or connection.msgtype in _PASSED_ON
 
-    def _reader(self) -> AnyReader:
+    @contextmanager
+    def _reader(self) -> Iterator[AnyReader]:
         from rosbags.highlevel import AnyReader, AnyReaderError
         from rosbags.typesys import Stores, get_typestore
 
         try:
             # Bags of sqlite3 carry no definitions; those of the messages read here are the same in all distributions.
-            return AnyReader([self.path], default_typestore=get_typestore(Stores.ROS2_JAZZY))
+            with AnyReader([self.path], default_typestore=get_typestore(Stores.ROS2_JAZZY)) as reader:
+                yield reader
         except (AnyReaderError, OSError) as error:
             raise InputError(f"{self.path}: cannot be read as a bag ({error})") from None
 
