@@ -63,7 +63,8 @@ def outline(mask: NDArray[np.bool_] | NDArray[np.uint8]) -> Array:
     binary = np.ascontiguousarray(mask, dtype=np.uint8)
     contours, _ = cv2.findContours(binary, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
     areas = [max(cv2.contourArea(contour), len(contour)) for contour in contours]
-    kept = [contour for contour, area in zip(contours, areas, strict=True) if area >= 0.02 * sum(areas)]
+    least = min(0.02 * sum(areas), max(areas))  # of a mask that is all specks, the largest is the object
+    kept = [contour for contour, area in zip(contours, areas, strict=True) if area >= least]
     hull = cv2.convexHull(np.concatenate(kept))
     return hull.reshape(-1, 2).astype(np.float64)
 
