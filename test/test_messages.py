@@ -222,6 +222,8 @@ def test_region_and_binning() -> None:
         ({"k": [0.0] * 9}, "K is all zero"),
         ({"k": [np.nan, *K.ravel()[1:]]}, "NaN"),
         ({"k": [0.0, *K.ravel()[1:]]}, "focal lengths"),
+        ({"k": [500.0, 0.0, 320.0, 0.0, 5.0, 240.0, 0.0, 0.0, 1.0]}, "do not fit an image of 640x480"),
+        ({"k": [500.0, 0.0, 1e5, 0.0, 500.0, 240.0, 0.0, 0.0, 1.0]}, "far off an image"),
         ({"width": 0}, "image size 0x480"),
         ({"d": [np.nan] * 5}, "distortion coefficients hold NaN"),
         ({"d": [0.1] * 3}, "3 distortion coefficients"),

@@ -170,10 +170,28 @@ def camera(message: CameraInfo, *, rectified: bool = False) -> Camera:
     K = K.astype(np.float64)
     K[:2, 2] -= [region.x_offset, region.y_offset]
     K[:2] /= binning[:, None]
+    _check_plausible(K, size)
     distortion = tuple(float(value) for value in message.d)
     if rectified or not any(distortion):
         return _camera(K, size, (), "none")
     return _camera(K, size, *_distortion(message.distortion_model, distortion))
+
+
+def _check_plausible(K: Array, size: NDArray[np.integer]) -> None:
+    # No lens is outside these. Numbers that are would make sizes overflow later on.
+    focal, centre = K[[0, 1], [0, 1]], K[:2, 2]
+    if not (focal > 0).all() or not np.isfinite(K).all():
+        return  # Camera says what is wrong
+    if focal.max() > 4 * focal.min() or focal.min() < 0.05 * size.max() or focal.max() > 1000 * size.max():
+        raise InputError(
+            f"camera_info: focal lengths fx={K[0, 0]:g}, fy={K[1, 1]:g} px do not fit an image of {size[0]}x{size[1]} px; "
+            "calibrate the camera"
+        )
+    if (np.abs(centre - size / 2) > 10 * size.max()).any():
+        raise InputError(
+            f"camera_info: the optical axis is at {K[0, 2]:g}, {K[1, 2]:g} px, far off an image of {size[0]}x{size[1]} px; "
+            "calibrate the camera"
+        )
 
 
 def _distortion(name: str, coefficients: tuple[float, ...]) -> tuple[tuple[float, ...], DistortionModel]:

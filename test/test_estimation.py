@@ -1,0 +1,170 @@
+"""The walk of one frame from messages to poses, without a node."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from node_process import HEIGHT, WIDTH, K, camera_info_message, image_message, scene, write_untrained_weights
+
+from nope_ros.estimator import PoseEstimator, RegisteredObject
+from nope_ros.frame import InputError
+from nope_ros.node.estimation import Result, estimate
+from nope_ros.node.gravity import Gravity
+from nope_ros.node.node import reference_frame
+from nope_ros.node.pairing import Match
+from nope_ros.node.parameters import Settings
+
+DOWN = np.array([0.0, 1.0, 0.3])
+ANYTHING = Settings(similarity_threshold=-1.0)
+
+
+@pytest.fixture(scope="module")
+def estimator(tmp_path_factory: pytest.TempPathFactory) -> PoseEstimator:
+    return PoseEstimator.from_pretrained(write_untrained_weights(tmp_path_factory.mktemp("weights")), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def objects(estimator: PoseEstimator) -> list[RegisteredObject]:
+    image, mask = scene()
+    return [
+        estimator.register(image, mask, K, object_id="level", gravity_camera=DOWN),
+        estimator.register(image, mask, K, object_id="free"),
+    ]
+
+
+def match(image: np.ndarray, mask: np.ndarray, camera: np.ndarray = K, encoding: str = "mono8", **info: Any) -> Match:
+    calibration = camera_info_message(camera=camera)
+    for name, value in info.items():
+        setattr(calibration, name, value)
+    return Match(0, image_message(image, "rgb8"), image_message(mask, encoding), calibration)
+
+
+def run(
+    estimator: PoseEstimator,
+    objects: Sequence[RegisteredObject],
+    frame: Match,
+    gravity: Gravity | None = None,
+    **more: Any,
+) -> tuple[Result, list[str]]:
+    said: list[str] = []
+    settings = replace(ANYTHING, **more)
+    result = estimate(frame, objects, estimator, settings, gravity or Gravity(), lambda text: said.append(str(text)))
+    return result, said
+
+
+def test_objects_without_gravity_get_what_they_can(estimator: PoseEstimator, objects: list[RegisteredObject]) -> None:
+    ids = np.zeros((HEIGHT, WIDTH), np.uint16)
+    ids[80:150, 60:120], ids[80:150, 200:260] = 1, 2
+    frame = match(scene()[0], ids, encoding="16UC1")
+    gravity = Gravity(vector=DOWN)
+
+    def priors(result: Result) -> dict[str, str]:
+        return {one.estimate.object_id: one.estimate.prior for one in result.seen}
+
+    result, said = run(estimator, objects, frame, gravity)
+    assert priors(result) == {"level": "standing", "free": "free"} and not said
+    result, said = run(estimator, objects, frame, gravity, prior="upright")
+    assert priors(result) == {"level": "upright", "free": "free"}
+    assert said == ["prior: 'upright' needs gravity, which is not known for 'free'; using 'free'"] * 2
+    result, _ = run(estimator, objects, frame, prior="standing")
+    assert priors(result) == {"level": "free", "free": "free"}
+    result, _ = run(estimator, objects, frame, gravity, prior="free")
+    assert priors(result) == {"level": "free", "free": "free"}
+
+
+def test_small_instances_are_left_out_aloud(estimator: PoseEstimator, objects: list[RegisteredObject]) -> None:
+    ids = np.zeros((HEIGHT, WIDTH), np.uint16)
+    ids[80:150, 60:120], ids[10:14, 10:14] = 5, 6
+    result, said = run(estimator, objects, match(scene()[0], ids, encoding="16UC1"))
+    assert [one.instance for one in result.seen] == [5]
+    assert any("4x4 px" in text and "instance 6" in text for text in said)
+
+
+def test_at_most_so_many_instances(estimator: PoseEstimator, objects: list[RegisteredObject]) -> None:
+    ids = np.zeros((HEIGHT, WIDTH), np.uint16)
+    ids[0] = np.arange(WIDTH) + 10  # a detector gone wild
+    ids[50:200, 50:200] = 9
+    result, said = run(estimator, objects, match(scene()[0], ids, encoding="16UC1"), max_instances=3)
+    assert [one.instance for one in result.seen] == [9]
+    assert len(said) == 2, "two of the others were looked at"
+
+
+def test_nothing_registered_or_in_view(estimator: PoseEstimator, objects: list[RegisteredObject]) -> None:
+    image, mask = scene()
+    assert run(estimator, [], match(image, mask))[0].seen == ()
+    result, said = run(estimator, objects, match(image, 0 * mask))
+    assert result.seen == () and said == ["mask: no pixel is set, nothing is in view"]
+    with pytest.raises(InputError, match="mask: size 320x100"):
+        run(estimator, objects, match(image, 0 * mask[:100]))
+
+
+def test_distortion_is_taken_out_once(estimator: PoseEstimator, objects: list[RegisteredObject]) -> None:
+    image, mask = scene()
+    result, _ = run(estimator, objects, match(image, mask, d=[-0.3, 0.1, 0.0, 0.0, 0.0]))
+    assert not result.camera.distorted and not np.array_equal(result.image, image)
+    assert result.seen[0].mask.sum() != (mask > 0).sum()
+
+
+@given(
+    fx=st.floats(10, 3e5) | st.floats(1e-6, 1e9),
+    fy=st.none() | st.floats(1e-6, 1e9),
+    cx=st.floats(-4000, 4000) | st.floats(-1e6, 1e6),
+    cy=st.floats(-4000, 4000) | st.floats(-1e6, 1e6),
+    distortion=st.just([0.0] * 5) | st.lists(st.floats(-1e3, 1e3), min_size=5, max_size=5),
+    box=st.tuples(st.integers(0, WIDTH), st.integers(0, HEIGHT), st.integers(0, WIDTH), st.integers(0, HEIGHT)),
+    seed=st.integers(0, 3),
+)
+@example(fx=300.0, fy=300.0, cx=160.0, cy=120.0, distortion=[0.0] * 5, box=(0, 0, WIDTH, HEIGHT), seed=0)
+@example(fx=300.0, fy=300.0, cx=160.0, cy=120.0, distortion=[0.0] * 5, box=(0, 60, WIDTH, 69), seed=0)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_calibration_and_no_mask_breaks_it(
+    estimator: PoseEstimator,
+    objects: list[RegisteredObject],
+    fx: float,
+    fy: float | None,
+    cx: float,
+    cy: float,
+    distortion: list[float],
+    box: tuple[int, int, int, int],
+    seed: int,
+) -> None:
+    """Whatever camera and mask: finite poses come out, or an InputError."""
+    mask = np.zeros((HEIGHT, WIDTH), np.uint8)
+    x0, x1 = sorted((box[0], box[2]))
+    y0, y1 = sorted((box[1], box[3]))
+    mask[y0:y1, x0:x1] = 255
+    if seed:  # holes and specks, as segmentation leaves them
+        mask[np.random.default_rng(seed).random(mask.shape) < 0.3 * seed] ^= 255
+    frame = match(scene()[0], mask, np.array([[fx, 0, cx], [0, fy or fx, cy], [0, 0, 1]]), d=distortion)
+    try:
+        result, _ = run(estimator, objects, frame, Gravity(vector=DOWN))
+    except InputError:
+        return
+    for one in result.seen:
+        assert np.isfinite(one.estimate.t_camera_object).all()
+        assert np.isfinite(one.estimate.covariance).all()
+        np.testing.assert_allclose(one.estimate.R_camera_object @ one.estimate.R_camera_object.T, np.eye(3), atol=1e-6)
+
+
+# --- registration ---------------------------------------------------------------------------------------------------
+
+
+def test_reference_frame() -> None:
+    image, mask = scene()
+    frame = reference_frame(match(image, mask), 0, rectified=False)
+    assert np.array_equal(frame.mask, mask > 0)
+    ids = np.where(mask > 0, 7, 0).astype(np.uint16)
+    for instance in (0, 7):
+        frame = reference_frame(match(image, ids, encoding="16UC1"), instance, rectified=False)
+        assert np.array_equal(frame.mask, mask > 0)
+    with pytest.raises(InputError, match="instance: 3 is not in the mask, which holds 7"):
+        reference_frame(match(image, ids, encoding="16UC1"), 3, rectified=False)
+    ids[0, 0] = 2
+    with pytest.raises(InputError, match="holds 2, 7; say which"):
+        reference_frame(match(image, ids, encoding="16UC1"), 0, rectified=False)
