@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -430,7 +431,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from nope_ros import session
         from nope_ros.player import add_topic_arguments
     except ImportError as error:
-        console.print(f"[red]ROS is not here[/] ({error}): run `make setup`, then source install/setup.bash")
+        console.print(
+            f"[red]ROS is not here[/] ({escape(str(error))}): run `make setup`, then source install/setup.bash"
+        )
         return 1
     parser = _parser()
     add_topic_arguments(parser)
@@ -441,7 +444,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(given, console)
     except (InputError, session.SessionError) as error:
-        console.print(f"[bold red]The demo did not work:[/] {error}", highlight=False, markup=True)
+        # The node's last words hold brackets, which are not rich's.
+        console.print(f"[bold red]The demo did not work:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
         console.print("stopped")

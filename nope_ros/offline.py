@@ -16,6 +16,7 @@ from typing import Any
 import cv2
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from nope_ros.draw import Drawn, overlay
@@ -64,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(given, console)
     except InputError as error:
-        console.print(f"[bold red]nope-ros estimate:[/] {error}", highlight=False)
+        console.print(f"[bold red]nope-ros estimate:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         return 1
 
 

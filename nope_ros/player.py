@@ -9,6 +9,8 @@ Gravity, where the sequence knows it, goes out on /tf as the orientation of the 
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 import time
 from array import array
@@ -25,6 +27,7 @@ from numpy.typing import NDArray
 from rclpy.node import Node
 from rclpy.publisher import Publisher
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
+from rclpy.signals import SignalHandlerOptions
 from sensor_msgs.msg import CameraInfo, Image
 from std_msgs.msg import Header
 from tf2_msgs.msg import TFMessage
@@ -33,7 +36,7 @@ from nope_ros.crop import outline, virtual_camera
 from nope_ros.frame import Camera, InputError
 from nope_ros.node import messages
 from nope_ros.rotations import exp, look_at
-from nope_ros.sequence import Moment, PassedOn, Topics, open_recording
+from nope_ros.sequence import Moment, PassedOn, Topics, open_recording, packaged
 from nope_ros.srv import RegisterObject
 
 Array = NDArray[np.float64]
@@ -91,6 +94,21 @@ def _turn(a: Array, b: Array) -> Array:
         sine = float(np.linalg.norm(axis))
     turned: Array = exp(axis / sine * np.arctan2(np.linalg.norm(np.cross(a, b)), cosine))
     return turned
+
+
+def make_room_for_images() -> None:
+    """Have Fast DDS use config/fastdds.xml, which says why, unless the user has profiles of their own.
+
+    It is the sender who needs the room: call this before rclpy.init() in the process that publishes images.
+    """
+    path = packaged("config/fastdds.xml")
+    if path is None:
+        return
+    names = ["FASTDDS_DEFAULT_PROFILES_FILE"]
+    if os.environ.get("ROS_DISTRO") in ("humble", "iron", "jazzy"):
+        names.append("FASTRTPS_DEFAULT_PROFILES_FILE")
+    for name in names:
+        os.environ.setdefault(name, str(path))
 
 
 class Player:
@@ -231,7 +249,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--rate {given.rate} is not positive")
     try:
         recording = open_recording(given.data, topics=topics_of(given), instance=given.instance)
-        rclpy.init(args=ros_arguments)
+        make_room_for_images()
+        # Our own handlers: rclpy's would take the context away in the middle of a frame.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        rclpy.init(args=ros_arguments, signal_handler_options=SignalHandlerOptions.NO)
         try:
             return _play(recording, given)
         finally:

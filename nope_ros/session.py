@@ -28,9 +28,16 @@ from sensor_msgs.msg import CompressedImage
 from nope_ros.bag import Recorded
 from nope_ros.msg import ObjectPose, ObjectPoseArray, PoseDistribution
 from nope_ros.node import messages, topics
-from nope_ros.player import LEVEL_FRAME, Player, camera_info_message, header, registration_request
+from nope_ros.player import (
+    LEVEL_FRAME,
+    Player,
+    camera_info_message,
+    header,
+    make_room_for_images,
+    registration_request,
+)
 from nope_ros.prior import Prior
-from nope_ros.sequence import Moment, Recording, Truth, packaged
+from nope_ros.sequence import Moment, Recording, Truth
 from nope_ros.srv import RegisterObject
 
 NODE = "/nope"
@@ -199,24 +206,12 @@ def isolated_ros() -> Iterator[None]:
     """
     os.environ.setdefault("ROS_DOMAIN_ID", str(1 + os.getpid() % 100))
     os.environ.setdefault("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
-    _make_room_for_images()
+    make_room_for_images()
     rclpy.init(args=[])
     try:
         yield
     finally:
         rclpy.try_shutdown()
-
-
-def _make_room_for_images() -> None:
-    """Have Fast DDS use config/fastdds.xml, which says why, unless the user has profiles of their own."""
-    path = packaged("config/fastdds.xml")
-    if path is None:
-        return
-    names = ["FASTDDS_DEFAULT_PROFILES_FILE"]
-    if os.environ.get("ROS_DISTRO") in ("humble", "iron", "jazzy"):
-        names.append("FASTRTPS_DEFAULT_PROFILES_FILE")
-    for name in names:
-        os.environ.setdefault(name, str(path))
 
 
 def run_session(
