@@ -197,6 +197,6 @@ def _fits(centre: Array, K: Array) -> bool:
 def _photograph(mesh: Mesh, finish: Finish, R: Array, t: Array, K: Array, light_seed: int) -> Frame:
     rng = np.random.default_rng(light_seed)
     lighting = random_lighting(rng, R, finish)
-    behind = rng.integers(0, 256, 3).astype(np.uint8)
+    behind = np.full(3, rng.integers(40, 200), np.uint8)
     view = render(mesh, R, t, K, _WIDTH, _HEIGHT, lighting=lighting, background=behind)
     return Frame.from_arrays(view.rgb, view.mask, K)

@@ -32,7 +32,7 @@ class Calibration:
         cell: probability of truth's own cell.
         nll: −log(cell · number of cells that the prior allows), nats: zero is what knowing nothing gives, less is
             better. Under ``free`` the cells are equal parts of SO(3), so this is −log density relative to the Haar
-            measure; under ``standing`` knowing the elevation counts as knowledge.
+            measure; under the others relative to what gravity leaves open, so protocols cannot be compared by it.
     """
 
     level: float
