@@ -19,12 +19,9 @@ from nope_ros.frame import Camera, Frame, InputError
 from nope_ros.latent import Predictor, load_predictor
 from nope_ros.match import TemplateBank
 from nope_ros.pose import PoseEstimate, ReferencePose, pose_estimate
-from nope_ros.prior import Prior, free_rotations, log_prior, resolve, upright_rotations
+from nope_ros.prior import Prior, free_rotations, hypotheses, resolve, upright_rotations
 
 Array = NDArray[np.float64]
-
-_FREE_SPACING = float(np.radians(15))
-_UPRIGHT_SPACING = float(np.radians(8))
 
 
 @dataclass(frozen=True)
@@ -83,12 +80,17 @@ class RegisteredObject:
         self, latent: Tensor, crop: Crop, gravity_virtual: Array | None, prior: Prior
     ) -> tuple[RotationDistribution, float]:
         """The distribution of delta_R in camera axes given a query's latent (D,); the best template's similarity."""
+        possible = hypotheses(prior, self.gravity_virtual, gravity_virtual)
         if prior == "free":
-            bank, weights, spacing = self.free_bank, None, _FREE_SPACING
-        else:
-            bank, weights, spacing = self.upright_bank, log_prior(prior, gravity_virtual), _UPRIGHT_SPACING
+            bank = self.free_bank
+        elif prior == "upright":
+            bank = self.upright_bank
+        else:  # few, and other ones for each query's gravity
+            bank = TemplateBank.predict(self.predictor, self.latent, possible.rotations, self.batch_size)
         match = bank.match(latent, self.predictor.temperature)
-        seen = RotationDistribution.from_log_likelihood(bank.rotations, match.log_likelihood, weights, spacing)
+        seen = RotationDistribution.from_log_likelihood(
+            possible.rotations, match.log_likelihood, possible.log_weight, possible.spacing
+        )
         # From virtual cameras (allocentric) back to the real ones (egocentric).
         egocentric = seen.transformed(crop.R_virtual_camera.T, self.R_virtual_camera)
         return egocentric, float(match.similarity[np.argmax(seen.probabilities)])

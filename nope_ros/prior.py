@@ -3,25 +3,69 @@
 ``free``      nothing is known: a grid over all rotations.
 ``upright``   the object keeps its up axis and gravity levels both crops: viewpoints on the sphere, of which those on
               the camera's side of the horizon count (341 of 642, as in NOPE, Sec. 4).
-``standing``  as upright, and the query's elevation is read off gravity too: what remains is the yaw.
+``standing``  as upright, and gravity is known in the query too: what remains is a turn about it.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nope_ros.frame import InputError
-from nope_ros.rotations import icosphere, look_at, rotation_grid
+from nope_ros.rotations import exp, icosphere, look_at, rotation_grid, turn_to
 
 Array = NDArray[np.float64]
 Prior = Literal["free", "upright", "standing"]
 PRIORS: tuple[Prior, ...] = ("free", "upright", "standing")
 
-# Error of an elevation: the viewpoints' own spacing (8°), a swaying IMU, an object not quite as it stood.
-ELEVATION_SIGMA = np.radians(5.0)
+_YAWS = 72
+
+
+@dataclass(frozen=True)
+class Hypotheses:
+    """Rotations to choose from.
+
+    Attributes:
+        rotations: (N, 3, 3), from the reference's virtual camera to the query's.
+        log_weight: (N,) log of the unnormalised probability of each before the image is seen.
+        spacing: distance of neighbours, radians; what lies between them is unknown.
+    """
+
+    rotations: Array
+    log_weight: Array
+    spacing: float
+
+
+def hypotheses(
+    prior: Prior, gravity_virtual_reference: Array | None, gravity_virtual_query: Array | None
+) -> Hypotheses:
+    """The rotations that a prior allows.
+
+    Args:
+        prior: see the module.
+        gravity_virtual_reference: (3,) gravity in the reference's virtual camera; needed unless "free".
+        gravity_virtual_query: (3,) gravity in the query's virtual camera; needed for "standing". For "upright", None
+            means a level camera above the horizon.
+
+    Raises:
+        InputError: if gravity is missing.
+    """
+    resolve(prior, gravity_virtual_reference is not None, gravity_virtual_query is not None)
+    if prior == "free" or gravity_virtual_reference is None:
+        rotations = free_rotations()
+        return Hypotheses(rotations, np.zeros(len(rotations)), float(np.radians(15)))
+    if prior == "upright":
+        below = gravity_virtual_query is not None and gravity_virtual_query[2] < 0
+        height = viewpoints()[:, 2]
+        weight = np.where(height <= 0 if below else height >= 0, 0.0, -np.inf)
+        return Hypotheses(upright_rotations(gravity_virtual_reference), weight, float(np.radians(8)))
+    assert gravity_virtual_query is not None
+    rotations = standing_rotations(gravity_virtual_reference, gravity_virtual_query)
+    # The yaws are 5° apart; the rest is what a swaying IMU and an object not quite as it stood add.
+    return Hypotheses(rotations, np.zeros(len(rotations)), float(np.radians(8)))
 
 
 def elevation(gravity_virtual: Array) -> float:
@@ -50,26 +94,14 @@ def upright_rotations(gravity_virtual_reference: Array) -> Array:
     return rotations
 
 
-def log_prior(prior: Prior, gravity_virtual_query: Array | None) -> Array:
-    """Log of the (unnormalised) prior probability of each rotation of ``upright_rotations``: (642,).
+def standing_rotations(gravity_virtual_reference: Array, gravity_virtual_query: Array, count: int = _YAWS) -> Array:
+    """All rotations (72, 3, 3) that take gravity in the reference to gravity in the query, 5° apart.
 
-    Args:
-        prior: "upright" or "standing".
-        gravity_virtual_query: gravity (3,) in the query's virtual camera; None where only "level" is known (upright):
-            the camera is then taken to be above the horizon.
-
-    Raises:
-        InputError: for "standing" without the query's gravity.
+    Whatever the cameras' elevations: looking straight down, where azimuth and roll are one, is no special case.
     """
-    height = viewpoints()[:, 2]
-    if prior == "standing":
-        if gravity_virtual_query is None:
-            raise InputError("prior 'standing' needs gravity in this image too; give gravity_camera or use 'free'")
-        error = np.arcsin(height) - elevation(gravity_virtual_query)
-        weight: Array = -0.5 * (error / ELEVATION_SIGMA) ** 2
-        return weight
-    below = gravity_virtual_query is not None and gravity_virtual_query[2] < 0
-    return np.where(height <= 0 if below else height >= 0, 0.0, -np.inf)
+    yaw = exp(np.arange(count)[:, None] * [0.0, 0.0, 2 * np.pi / count])
+    rotations: Array = turn_to(-gravity_virtual_query).T @ yaw @ turn_to(-gravity_virtual_reference)
+    return rotations
 
 
 def resolve(prior: Prior | None, reference_knows_gravity: bool, query_knows_gravity: bool) -> Prior:

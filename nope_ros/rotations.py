@@ -54,13 +54,16 @@ def turn_to(ray: Array, roll: float = 0.0) -> Array:
     The turn is the smallest one, so it adds no roll of its own.
 
     Args:
-        ray: (3,) direction in camera axes, z > 0.
+        ray: (3,) direction in camera axes.
         roll: radians; image content turns by this angle from x towards y.
     """
     ray = ray / np.linalg.norm(ray)
     axis = np.cross(ray, [0.0, 0.0, 1.0])
     sine = float(np.linalg.norm(axis))
-    turn = exp(axis / sine * np.arctan2(sine, ray[2])) if sine > 1e-12 else np.eye(3)
+    if sine > 1e-12:
+        turn = exp(axis / sine * np.arctan2(sine, ray[2]))
+    else:  # along the axis already, or against it: half a turn about x
+        turn = np.diag([1.0, np.sign(ray[2]), np.sign(ray[2])])
     return exp(np.array([0.0, 0.0, roll])) @ turn
 
 

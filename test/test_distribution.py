@@ -8,7 +8,7 @@ from scipy.spatial.transform import Rotation
 
 from nope_ros.distribution import Ambiguity, RotationDistribution
 from nope_ros.frame import InputError
-from nope_ros.prior import elevation, free_rotations, log_prior, resolve, upright_rotations, viewpoints
+from nope_ros.prior import elevation, free_rotations, hypotheses, resolve, upright_rotations, viewpoints
 from nope_ros.rotations import exp, geodesic_distance, look_at
 
 GRID = free_rotations()
@@ -141,18 +141,30 @@ def test_upright_rotations_contain_no_motion_and_keep_gravity_level():
 
 
 def test_upright_keeps_341_viewpoints_on_the_cameras_side_of_the_horizon():
-    assert np.isfinite(log_prior("upright", GRAVITY_30)).sum() == 341
-    assert np.isfinite(log_prior("upright", None)).sum() == 341
-    below = np.isfinite(log_prior("upright", GRAVITY_30 * [1, 1, -1]))
-    assert (viewpoints()[below][:, 2] <= 0).all()
+    def kept(gravity_query):
+        return np.isfinite(hypotheses("upright", GRAVITY_30, gravity_query).log_weight)
+
+    assert kept(GRAVITY_30).sum() == kept(None).sum() == 341
+    assert (viewpoints()[kept(GRAVITY_30 * [1, 1, -1])][:, 2] <= 0).all()
 
 
-def test_standing_leaves_the_yaw():
-    weights = np.exp(log_prior("standing", GRAVITY_30))
-    kept = np.degrees(np.arcsin(viewpoints()[weights > 0.1][:, 2]))
-    assert abs(kept - 30).max() < 12
-    azimuth = np.degrees(np.arctan2(*viewpoints()[weights > 0.1][:, 1::-1].T))
-    assert np.diff(np.sort(azimuth)).max() < 15  # all around
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6))
+def test_standing_leaves_the_turn_about_gravity_whatever_the_cameras_do(seed):
+    cameras = Rotation.random(2, rng=seed).as_matrix()
+    down = np.array([0, 0, -1.0])
+    possible = hypotheses("standing", cameras[0] @ down, cameras[1] @ down)
+    np.testing.assert_allclose(possible.rotations @ cameras[0] @ down, np.tile(cameras[1] @ down, (72, 1)), atol=1e-9)
+    yaw = exp(np.array([0, 0, np.random.default_rng(seed).uniform(-np.pi, np.pi)]))
+    truth = cameras[1] @ yaw @ cameras[0].T  # the object stands, but turned
+    assert np.degrees(geodesic_distance(possible.rotations, truth).min()) <= 2.5 + 1e-6
+
+
+def test_standing_works_straight_down_and_straight_up():
+    down, up = np.array([0, 0, 1.0]), np.array([0, 0, -1.0])
+    for query in (down, up):
+        possible = hypotheses("standing", GRAVITY_30, query)
+        np.testing.assert_allclose(possible.rotations @ GRAVITY_30, np.tile(query, (72, 1)), atol=1e-9)
 
 
 def test_the_strongest_prior_that_gravity_allows():

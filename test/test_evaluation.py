@@ -33,7 +33,7 @@ from nope_ros.evaluation.symmetry import NO_SYMMETRY, Symmetry, SymmetryCache, f
 from nope_ros.frame import Frame, InputError
 from nope_ros.latent import RotatedLatentPredictor
 from nope_ros.models.rotated_latent import RotatedLatentConfig, RotatedLatentNetwork
-from nope_ros.prior import PRIORS, elevation, free_rotations, log_prior, upright_rotations
+from nope_ros.prior import PRIORS, elevation, free_rotations, hypotheses
 from nope_ros.rotations import exp, geodesic_distance, look_at
 from nope_ros.training import calibrate
 from nope_ros.training.mesh import make_mesh
@@ -444,8 +444,8 @@ def test_truth_is_among_the_rotations_that_a_level_camera_allows(prior):
             crop = virtual_crop(Frame.from_arrays(view.rgb, view.mask, K_here), 32, -R @ UP)
             views.append((crop.R_virtual_camera @ R, crop.R_virtual_camera @ -R @ UP))
         (R_reference, gravity_reference), (R_query, gravity_query) = views
-        weights = log_prior(prior, gravity_query)
-        grid = upright_rotations(gravity_reference)
+        possible = hypotheses(prior, gravity_reference, gravity_query)
+        grid, weights = possible.rotations, possible.log_weight
         nearest = np.argmin(geodesic_distance(grid, R_query @ R_reference.T))
         # Viewpoints are 8° apart; the steeper the view, the more of a step in azimuth is also a step in roll.
         steep = elevation(gravity_query) > np.radians(60)

@@ -14,7 +14,7 @@ from nope_ros.distribution import RotationDistribution
 from nope_ros.estimator import PoseEstimator
 from nope_ros.evaluation.protocol import Answer, Observation, generator
 from nope_ros.frame import Frame
-from nope_ros.prior import Prior, free_rotations, log_prior, upright_rotations
+from nope_ros.prior import Prior, hypotheses
 from nope_ros.rotations import turn_to
 
 Array = NDArray[np.float64]
@@ -130,15 +130,12 @@ class Chance:
         crop, gravity_virtual = _crop(query)
         answers = []
         for reference in registered:
-            if prior == "free" or reference.gravity_virtual is None:
-                rotations, weights = free_rotations(), None
-            else:
-                rotations = upright_rotations(reference.gravity_virtual)
-                weights = log_prior(prior, gravity_virtual)
-            knows = RotationDistribution.from_log_likelihood(rotations, np.zeros(len(rotations)), weights)
+            possible = hypotheses(prior, reference.gravity_virtual, gravity_virtual)
+            flat = np.zeros(len(possible.rotations))
+            knows = RotationDistribution.from_log_likelihood(possible.rotations, flat, possible.log_weight)
             egocentric = knows.transformed(crop.R_virtual_camera.T, reference.crop.R_virtual_camera)
             rng = generator(self.seed, reference.key, query.key, prior, "chance")
-            drawn = rng.choice(len(rotations), p=knows.probabilities)
+            drawn = rng.choice(len(flat), p=knows.probabilities)
             answers.append(Answer(egocentric.rotations[drawn]))
         return answers
 

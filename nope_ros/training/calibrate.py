@@ -4,7 +4,7 @@
 
 A temperature does not change which rotation is best, only how sure the distribution is. It is chosen so that the true
 rotation is as likely as possible (in the mean of log) on objects that training did not see, over the same grids as at
-run time, with and without gravity. Test data have no part in it.
+run time, for each of the priors. Test data have no part in it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from scipy.special import logsumexp
 from nope_ros.crop import Crop
 from nope_ros.latent import CONFIG_FILE, NetworkPredictor, load_predictor, read_config
 from nope_ros.match import TemplateBank
-from nope_ros.prior import free_rotations, log_prior, upright_rotations
+from nope_ros.prior import PRIORS, Prior, elevation, hypotheses
 from nope_ros.training.augment import AugmentationConfig, training_view
 from nope_ros.training.pairs import DataConfig, RenderCache
 
@@ -67,8 +67,8 @@ class Evidence:
 def gather_evidence(
     predictor: NetworkPredictor,
     config: DataConfig,
+    prior: Prior,
     *,
-    upright: bool,
     objects: int = 240,
     queries: int = 5,
     augmentation: AugmentationConfig | None = None,
@@ -80,7 +80,7 @@ def gather_evidence(
     Args:
         predictor: with any temperature.
         config: names the cache and the split.
-        upright: whether gravity is known.
+        prior: whether gravity is known, as the evaluation's protocols have it.
         objects: how many.
         queries: for each object, against one reference.
         augmentation: what happens to the views; training's by default.
@@ -88,15 +88,15 @@ def gather_evidence(
         progress: show a bar.
     """
     cache = RenderCache(config)
-    rng = np.random.default_rng((seed, int(upright)))
+    rng = np.random.default_rng((seed, PRIORS.index(prior)))
     chosen: list[int] = []
     for kind in (~cache.procedural, cache.procedural):
         # Half of each, the rest filled up from the other.
         available = np.flatnonzero(kind & cache.held_out)
         chosen += rng.permutation(available)[: objects // 2 if not chosen else objects - len(chosen)].tolist()
     evidence = Evidence([], [], [])
-    for index in track(chosen, "upright" if upright else "free", disable=not progress, console=Console(stderr=True)):
-        _add_object(evidence, predictor, cache, index, upright, queries, augmentation or AugmentationConfig(), rng)
+    for index in track(chosen, prior, disable=not progress, console=Console(stderr=True)):
+        _add_object(evidence, predictor, cache, index, prior, queries, augmentation or AugmentationConfig(), rng)
     return evidence
 
 
@@ -105,15 +105,16 @@ def _add_object(
     predictor: NetworkPredictor,
     cache: RenderCache,
     index: int,
-    upright: bool,
+    prior: Prior,
     queries: int,
     augmentation: AugmentationConfig,
     rng: np.random.Generator,
 ) -> None:
-    above = cache.views[index]
-    if upright:  # as on a table; from below, the other half of the viewpoints counts
-        above = above[cache.directions[above][:, 2] > 0]
-    views = rng.choice(above, min(queries + 1, len(above)), replace=False)
+    level = prior != "free"
+    seen = cache.views[index]
+    if level:  # as on a table; from below, the other half of the viewpoints counts
+        seen = seen[cache.directions[seen][:, 2] > 0]
+    views = rng.choice(seen, min(queries + 1, len(seen)), replace=False)
     crops, rotations = [], []
     for view in views:
         made = training_view(
@@ -121,24 +122,31 @@ def _add_object(
             cache.R[view],
             cache.K[view],
             size=predictor.crop_size,
-            roll=None if upright else float(rng.uniform(-np.pi, np.pi)),
+            roll=None if level else float(rng.uniform(-np.pi, np.pi)),
             config=augmentation,
             rng=rng,
         )
         image = np.ascontiguousarray(made.crop.transpose(1, 2, 0))
-        crops.append(Crop(image[..., :3], image[..., 3], np.eye(3), np.eye(3), 0.1, upright))
+        crops.append(Crop(image[..., :3], image[..., 3], np.eye(3), np.eye(3), 0.1, level))
         rotations.append(made.R_virtual_object)
     latents = predictor.encode(crops)
-    grid = upright_rotations(-rotations[0][:, 2]) if upright else free_rotations()
-    bank = TemplateBank.predict(predictor, latents[0], grid)
-    weights = log_prior("upright", None) if upright else np.zeros(len(grid))
-    allowed = np.flatnonzero(np.isfinite(weights))
-    prior = np.full(len(allowed), -np.log(len(allowed)), np.float32)
-    for latent, R in zip(latents[1:], rotations[1:], strict=True):
+    # Roll was removed by a gravity that errs, and what errs is believed.
+    believed = [_level(elevation(-R[:, 2])) if level else None for R in rotations]
+    bank: TemplateBank | None = None
+    for latent, R, gravity in zip(latents[1:], rotations[1:], believed[1:], strict=True):
+        possible = hypotheses(prior, believed[0], gravity)
+        if bank is None or prior == "standing":  # whose rotations depend on the query
+            bank = TemplateBank.predict(predictor, latents[0], possible.rotations)
+        allowed = np.flatnonzero(np.isfinite(possible.log_weight))
         delta_R = R @ rotations[0].T
         evidence.log_likelihood.append(bank.match(latent, 1.0).log_likelihood[allowed].astype(np.float32))
-        evidence.log_prior.append(prior)
-        evidence.truth.append(int(np.argmax(grid[allowed].reshape(-1, 9) @ delta_R.ravel())))
+        evidence.log_prior.append(np.full(len(allowed), -np.log(len(allowed)), np.float32))
+        evidence.truth.append(int(np.argmax(possible.rotations[allowed].reshape(-1, 9) @ delta_R.ravel())))
+
+
+def _level(angle: float) -> Array:
+    """Gravity (3,) in the virtual camera of a level crop that looks down by an angle."""
+    return np.array([0.0, np.cos(angle), np.sin(angle)])
 
 
 def fit_temperature(evidence: list[Evidence]) -> float:
@@ -175,15 +183,13 @@ def main(arguments: list[str] | None = None) -> None:
     predictor = load_predictor(given.weights, device=given.device)
     config = DataConfig(cache=given.cache)
     kinds = {
-        name: gather_evidence(
-            predictor, config, upright=name == "upright", objects=given.objects, seed=given.seed, progress=True
-        )
-        for name in ("free", "upright")
+        prior: gather_evidence(predictor, config, prior, objects=given.objects, seed=given.seed, progress=True)
+        for prior in PRIORS
     }
     temperature = fit_temperature(list(kinds.values()))
     notes: dict[str, object] = {"held_out_objects": given.objects, "seed": given.seed}
-    for name, evidence in kinds.items():
-        notes[name] = {
+    for prior, evidence in kinds.items():
+        notes[prior] = {
             "pairs": len(evidence.truth),
             "nll": round(evidence.nll(temperature), 4),
             "own_temperature": round(fit_temperature([evidence]), 5),
