@@ -3,7 +3,7 @@
     nope-ros demo                                   the sequence that comes with the package
     nope-ros demo --data <folder or bag>            any other (see nope_ros.sequence)
 
-Writes a video (overlay.mp4, overlay.gif), contact_sheet.png, panel.png, distribution.png, poses.mcap, frames.csv and
+Writes a video (overlay.mp4, overlay.gif), overview.png, contact_sheet.png, distribution.png, poses.mcap, frames.csv and
 summary.json. The true poses of a sequence are for scoring; the node is given the distance of the first frame, so that
 its translations are in metres, and gravity, as a robot's TF would.
 """
@@ -46,6 +46,7 @@ Report = Callable[[str, int, int], None]
 _GIF_FRAMES = 45
 _GIF_WIDTH = 720
 _SHEET_FRAMES = 24
+_STRIP_FRAMES = 5
 _VIDEO_RATE = 10
 _PANEL = (640, 480)
 _SAFE = re.compile(r"[^A-Za-z0-9_]+")
@@ -248,6 +249,7 @@ def draw_all(run: Run, recording: Recording, shown: Sequence[Shown], out: Path, 
     best = _instructive(shown)
     cells: list[draw.Picture] = []
     captions: list[tuple[str, bool | None]] = []
+    best_panel: draw.Picture | None = None
     gif: list[Image.Image] = []
     written = []
     video = _Video(out / "overlay.mp4")
@@ -264,15 +266,20 @@ def draw_all(run: Run, recording: Recording, shown: Sequence[Shown], out: Path, 
             cells.append(pictures.overlay(moment, one, 320, 240))
             captions.append(pictures.caption(one))
         if one.index == best:
-            written += [
-                _write(out / "panel.png", pictures.panel(moment, one, 1.5)),
-                _write(out / "distribution.png", pictures.distribution(one, 840)),
-            ]
+            best_panel = panel
+            written.append(_write(out / "distribution.png", pictures.distribution(one, 840)))
     report("drawing", len(shown), len(shown))
     words, good = zip(*captions, strict=True)
     columns = min(6, max(3, round(len(cells) ** 0.5 * 1.2)))
     sheet = draw.contact_sheet(cells, words, columns=columns, cell_width=320, title=title, good=good)
     written.insert(0, _write(out / "contact_sheet.png", sheet))
+    if best_panel is not None:
+        count = min(_STRIP_FRAMES, len(cells))
+        some = ((np.arange(count) + 0.5) / count * len(cells)).astype(int)
+        strip = draw.contact_sheet(
+            [cells[i] for i in some], [words[i] for i in some], columns=len(some), good=[good[i] for i in some]
+        )
+        written.insert(0, _write(out / "overview.png", draw.stacked(best_panel, strip)))
     written = [*video.close(), _write_gif(out / "overlay.gif", gif, stride), *written]
     return written
 

@@ -276,6 +276,10 @@ def _tag(canvas: Picture, drawn: Drawn, K: Array, size: int) -> None:
         x, y = pixel[0, 0], pixel[0, 1] - 4 * size
     if not (np.isfinite(x) and np.isfinite(y)):
         return
+    tips, depth = project(drawn.axis_length * np.eye(3), drawn.R_camera_object, drawn.t_camera_object, K)
+    beside = np.abs(tips[:, 0] - x) < 5 * size
+    if beside.any() and (depth > 0).all():
+        y = max(min(y, tips[beside, 1].min() - 2.2 * size), 2.5 * size)  # above the letters of the axes
     text_width = _glyphs(text, size, True).shape[1]
     pad, swatch = 0.45 * size, 0.7 * size
     box_width, box_height = text_width + 3 * pad + swatch, 1.75 * size
@@ -670,6 +674,11 @@ def contact_sheet(
             colour = {None: SOFT, True: _GOOD, False: _BAD}[verdict]
             _text(sheet, captions[i], (x + 4, y + cell_height + line / 2), 14, colour, anchor="lm")
     return sheet
+
+
+def stacked(upper: Picture, lower: Picture) -> Picture:
+    """Two pictures, one above the other, the lower one resized to the width of the upper."""
+    return np.concatenate([upper, _resized(lower, width=upper.shape[1])], axis=0)
 
 
 def mask_only(image: Picture, mask: NDArray[np.bool_], margin: float = 0.12, dim: float = 0.35) -> Picture:

@@ -380,7 +380,7 @@ class _Client:
         stamp = self._player.stamp(moment)
         known = gravity_known and moment.gravity_camera is not None
         request = registration_request(moment, stamp, self.options.object_id, distance=distance, gravity_known=known)
-        for _ in range(3):
+        for _ in range(10):
             # TF may be lost while the node is still finding us; a robot sends it all the time.
             self._player.send_gravity(moment, stamp)
             begin = time.monotonic()
@@ -391,8 +391,9 @@ class _Client:
                     raise SessionError(f"registration is not answered after {_REGISTER_TIMEOUT:.0f} s")
                 time.sleep(0.002)
             seconds, response = time.monotonic() - begin, future.result()
-            if response.success or "TF" not in response.message:
+            if response.success or not response.message.startswith("gravity:"):
                 break
+            time.sleep(0.3)
         if not response.success:
             raise SessionError(
                 f"the node did not register the object: {response.message}\n"
