@@ -35,8 +35,9 @@ from nope_ros.latent import RotatedLatentPredictor
 from nope_ros.models.rotated_latent import RotatedLatentConfig, RotatedLatentNetwork
 from nope_ros.prior import PRIORS, elevation, free_rotations, hypotheses
 from nope_ros.rotations import exp, geodesic_distance, look_at
-from nope_ros.training import calibrate
+from nope_ros.training import calibrate, render_cache
 from nope_ros.training.mesh import make_mesh
+from nope_ros.training.pairs import DataConfig, RenderCache
 from nope_ros.training.render import Lighting, render
 
 UP = np.array([0.0, 0.0, 1.0])
@@ -745,6 +746,21 @@ def test_the_temperature_of_honest_likelihoods_is_found():
     assert evidence.nll(3.0) < min(evidence.nll(1.5), evidence.nll(6.0), 0.0)
     assert evidence.nll(1e6) == pytest.approx(0, abs=1e-3)
     assert 0.9 <= evidence.coverage(3.0, 0.9) < 0.97
+
+
+def test_evidence_is_gathered_from_objects_that_training_left_out(tmp_path, predictor):
+    settings = render_cache.Settings(None, procedural=6, views=6, mesh_views=0, size=64, seed=0)
+    render_cache.build_cache(tmp_path, settings, workers=1)
+    config = DataConfig(cache=str(tmp_path), validation_share=0.7)
+    left_out = int(RenderCache(config).held_out.sum())
+    assert 1 < left_out < 6
+    for prior, allowed in (("free", 4608), ("upright", 341), ("standing", 72)):
+        evidence = calibrate.gather_evidence(predictor, config, prior, queries=1)
+        assert len(evidence.truth) == left_out
+        assert all(len(one) == allowed for one in evidence.log_likelihood)
+        assert np.isfinite(evidence.nll(predictor.temperature))
+        again = calibrate.gather_evidence(predictor, config, prior, queries=1)
+        assert again.truth == evidence.truth
 
 
 def test_the_temperature_is_written_beside_the_weights(tmp_path, predictor):
