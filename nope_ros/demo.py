@@ -394,23 +394,25 @@ def _table(summary: dict[str, Any]) -> Table:
     near = summary["within_90"]
     table = Table(title=f"{summary['frames']} frames, {summary['poses']} poses", title_justify="left")
     table.add_column("")
-    table.add_column(f"all {summary['scored_frames']}", justify="right")
-    table.add_column(f"within 90° {near['frames']}", justify="right")
-    for name, key, unit in (("Acc30", "acc30", " %"), ("Acc15", "acc15", " %")):
-        table.add_row(name, show(summary[key], unit), show(near[key], unit))
-    for name, key in (("rotation error, median", "median"), ("rotation error, 90 % are below", "p90")):
-        table.add_row(name, *(show(part["rotation_error_deg"][key], "°") for part in (summary, near)))
-    relative = [part["translation_error_relative_median"] for part in (summary, near)]
-    table.add_row(
-        "translation error, median", *(show(None if value is None else 100 * value, " %") for value in relative)
-    )
-    table.add_section()
+    if not summary["truth"]:
+        table.add_column("no true poses, no errors", justify="right")
+    else:
+        table.add_column(f"all {summary['scored_frames']}", justify="right")
+        table.add_column(f"within 90° {near['frames']}", justify="right")
+        for name, key in (("Acc30", "acc30"), ("Acc15", "acc15")):
+            table.add_row(name, *(show(part[key], " %") for part in (summary, near)))
+        for name, key in (("rotation error, median", "median"), ("rotation error, 90 % are below", "p90")):
+            table.add_row(name, *(show(part["rotation_error_deg"][key], "°") for part in (summary, near)))
+        relative = [part["translation_error_relative_median"] for part in (summary, near)]
+        percent = [None if value is None else 100 * value for value in relative]
+        table.add_row("translation error, median", *(show(value, " %") for value in percent))
+        table.add_section()
     latency, node = summary["latency_ms"], summary["latency_node_ms"]
-    table.add_row("image to pose, p50 / p95", f"{show(latency['p50'])} / {show(latency['p95'])} ms", "")
-    table.add_row("in the node, with all its outputs", f"{show(node['p50'])} / {show(node['p95'])} ms", "")
-    table.add_row("registration", show(summary["registration_seconds"], " s", 2), "")
-    table.add_row("prior", show(summary["prior"]), "")
-    table.add_row("model, device", f"{show(summary['model'])}, {show(summary['device'])}", "")
+    table.add_row("image to pose, p50 / p95", f"{show(latency['p50'])} / {show(latency['p95'])} ms")
+    table.add_row("in the node, with all its outputs", f"{show(node['p50'])} / {show(node['p95'])} ms")
+    table.add_row("registration", show(summary["registration_seconds"], " s", 2))
+    table.add_row("prior", show(summary["prior"]))
+    table.add_row("model, device", f"{show(summary['model'])}, {show(summary['device'])}")
     return table
 
 
