@@ -31,8 +31,8 @@ from nope_ros.srv import ListObjects, RegisterObject, UnregisterObject
 
 ROOT = Path(__file__).parent.parent
 FRAME = "camera_optical"
-# One side of a connection knows of it before the other does, and what is sent in between is lost.
-_SETTLE = 0.3
+# One side of a connection knows of it before the other does, and what is sent in between is lost (seconds).
+_SETTLE = 0.5
 WIDTH, HEIGHT = 320, 240
 K = np.array([[300.0, 0, 160], [0, 300.0, 120], [0, 0, 1]])
 
@@ -149,10 +149,13 @@ class Robot:
             time.sleep(0.01)
 
     def call(self, service: type, name: str, request: Any, timeout: float = 20.0) -> Any:
-        if (service, name) not in self._clients:
+        new = (service, name) not in self._clients
+        if new:
             self._clients[service, name] = self.node.create_client(service, name)
         client = self._clients[service, name]
         assert client.wait_for_service(timeout), f"no service {name}"
+        if new:
+            time.sleep(_SETTLE)
         future = client.call_async(request)
         self.until(future.done, f"an answer of {name}", timeout)
         return future.result()

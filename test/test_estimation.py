@@ -16,9 +16,9 @@ from nope_ros.estimator import PoseEstimator, RegisteredObject
 from nope_ros.frame import InputError
 from nope_ros.node.estimation import Result, estimate
 from nope_ros.node.gravity import Gravity
-from nope_ros.node.node import reference_frame
 from nope_ros.node.pairing import Match
 from nope_ros.node.parameters import Settings
+from nope_ros.node.registration import reference_frame
 
 DOWN = np.array([0.0, 1.0, 0.3])
 ANYTHING = Settings(similarity_threshold=-1.0)

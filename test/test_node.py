@@ -65,9 +65,11 @@ def node(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
     folder = tmp_path_factory.mktemp("node")
     with ros_context():
         # Untrained weights are sure of nothing: every pose is to be seen.
-        node = NodeProcess(
-            folder / "log", weights, folder / "objects", confidence_threshold=0.0, similarity_threshold=-1.0
-        )
+        values = {"confidence_threshold": 0.0, "similarity_threshold": -1.0}
+        # A busy machine may lose what is sent best-effort, as the node asks for by default.
+        for topic in ("image", "mask", "camera_info"):
+            values[f"qos_overrides./{topic}.subscription.reliability"] = "reliable"
+        node = NodeProcess(folder / "log", weights, folder / "objects", **values)
         try:
             node.says("Active", 60)
             yield node
@@ -125,9 +127,6 @@ def test_every_endpoint_is_as_documented(node: NodeProcess, robot: Robot) -> Non
         robot.until(lambda name=name: name in dict(robot.node.get_topic_names_and_types()) | graph, name)  # type: ignore[misc]
         types = (dict(robot.node.get_topic_names_and_types()) | graph)[name]
         assert types == [endpoint.type_name]
-    for topic in ("/image", "/mask", "/camera_info", "/depth"):
-        qos = [info.qos_profile for info in robot.node.get_subscriptions_info_by_topic(topic)]
-        assert [one.reliability for one in qos] == [ReliabilityPolicy.BEST_EFFORT]
     for topic in ("/nope/poses", "/nope/objects/mug/pose"):
         qos = [info.qos_profile for info in robot.node.get_publishers_info_by_topic(topic)]
         assert [one.reliability for one in qos] == [ReliabilityPolicy.RELIABLE]
@@ -195,9 +194,9 @@ def test_what_comes_out_is_what_the_library_computes(node: NodeProcess, robot: R
     assert not robot.wait(topic[topics.DETECTIONS], lambda message: _nanoseconds(message) == when).detections
     robot.wait(topic[topics.MARKERS], lambda message: any(marker.action == marker.DELETE for marker in message.markers))
 
-    status = robot.wait(topic[topics.DIAGNOSTICS], lambda message: int(_values(message)["frames"]) >= 2).status[0]
+    status = robot.wait(topic[topics.DIAGNOSTICS], lambda message: _values(message)["objects"] == "mug").status[0]
     values = {one.key: one.value for one in status.values}
-    assert values["objects"] == "mug" and values["model"] == "untrained" and values["device"] == "cpu"
+    assert int(values["frames"]) >= 2 and values["model"] == "untrained" and values["device"] == "cpu"
     assert float(values["latency p95 (ms)"]) >= float(values["latency p50 (ms)"]) > 0
     assert float(values["memory (MB)"]) > 50
 
@@ -460,7 +459,8 @@ def test_parameters_change_at_run_time(node: NodeProcess, robot: Robot) -> None:
     pose = robot.wait(poses, lambda message: _nanoseconds(message) == when).poses[0]
     assert not pose.trusted
     time.sleep(0.2)
-    assert len(robot.received[tf]) == 1, "a pose that is not trusted is not broadcast"
+    stamps = [_nanoseconds(message.transforms[0]) for message in robot.received[tf]]
+    assert when not in stamps, "a pose that is not trusted is not broadcast"
     assert set_parameter(robot, "similarity_threshold", 1.0) == ""
     when = robot.frame(image, mask)
     assert not robot.wait(poses, lambda message: _nanoseconds(message) == when).poses
@@ -616,6 +616,9 @@ def test_lifecycle_in_a_namespace_with_all_inputs_otherwise(weights: Path, tmp_p
         assert state(robot) == "inactive"
         masks = robot.node.get_subscriptions_info_by_topic("/detector/mask")
         assert [one.qos_profile.reliability for one in masks] == [ReliabilityPolicy.RELIABLE]
+        for topic in ("/camera/jpeg", "/arm/camera_info", "/arm/depth"):
+            qos = [info.qos_profile for info in robot.node.get_subscriptions_info_by_topic(topic)]
+            assert [one.reliability for one in qos] == [ReliabilityPolicy.BEST_EFFORT], topic
 
         assert not change_state(robot, Transition.TRANSITION_ACTIVATE), "there are no weights"
         other.says("there is no folder")

@@ -184,13 +184,13 @@ def _check_plausible(K: Array, size: NDArray[np.integer]) -> None:
         return  # Camera says what is wrong
     if focal.max() > 4 * focal.min() or focal.min() < 0.05 * size.max() or focal.max() > 1000 * size.max():
         raise InputError(
-            f"camera_info: focal lengths fx={K[0, 0]:g}, fy={K[1, 1]:g} px do not fit an image of {size[0]}x{size[1]} px; "
-            "calibrate the camera"
+            f"camera_info: focal lengths fx={K[0, 0]:g}, fy={K[1, 1]:g} px do not fit an image of {size[0]}x{size[1]} "
+            "px; calibrate the camera"
         )
     if (np.abs(centre - size / 2) > 10 * size.max()).any():
         raise InputError(
-            f"camera_info: the optical axis is at {K[0, 2]:g}, {K[1, 2]:g} px, far off an image of {size[0]}x{size[1]} px; "
-            "calibrate the camera"
+            f"camera_info: the optical axis is at {K[0, 2]:g}, {K[1, 2]:g} px, far off an image of {size[0]}x{size[1]} "
+            "px; calibrate the camera"
         )
 
 

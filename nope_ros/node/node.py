@@ -21,8 +21,8 @@ import numpy as np
 import rclpy
 import torch
 from diagnostic_msgs.msg import DiagnosticArray
-from numpy.typing import NDArray
 from rclpy.callback_groups import CallbackGroup, MutuallyExclusiveCallbackGroup
+from rclpy.clock import Clock, ClockType
 from rclpy.exceptions import ParameterException
 from rclpy.executors import MultiThreadedExecutor
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
@@ -34,17 +34,16 @@ from sensor_msgs.msg import Imu
 
 from nope_ros.draw import Drawn, overlay
 from nope_ros.estimator import PoseEstimator, RegisteredObject
-from nope_ros.frame import Frame, InputError
+from nope_ros.frame import InputError
 from nope_ros.node import distro, messages, parameters, topics
 from nope_ros.node.complaints import Complaints
 from nope_ros.node.estimation import Result, Seen, estimate
 from nope_ros.node.gravity import Gravity, ImuGravity, ImuSample
 from nope_ros.node.pairing import Kind, Match, Pairing
+from nope_ros.node.registration import register, requested_match
 from nope_ros.node.statistics import Latencies, Latency, memory_megabytes, status
 from nope_ros.srv import ListObjects, RegisterObject, UnregisterObject
 from nope_ros.store import ObjectStore, StoreError, check_object_id
-
-Array = NDArray[np.float64]
 
 # Inputs, registration, the other services, lifecycle and parameters, TF and IMU, diagnostics: none waits for another.
 _THREADS = 6
@@ -122,7 +121,9 @@ class NopeNode(LifecycleNode):
 
         self._broadcaster = distro.broadcaster(self)
         self._diagnostics = self.create_publisher(topics.DIAGNOSTICS.type, topics.DIAGNOSTICS.name, 10)
-        self.create_timer(1.0, self._diagnose, callback_group=MutuallyExclusiveCallbackGroup())
+        # Not the node's clock, which may be a simulation's and stand still.
+        clock = Clock(clock_type=ClockType.STEADY_TIME)
+        self.create_timer(1.0, self._diagnose, callback_group=MutuallyExclusiveCallbackGroup(), clock=clock)
         others = MutuallyExclusiveCallbackGroup()
         self._serve(topics.REGISTER, self._register, MutuallyExclusiveCallbackGroup())
         self._serve(topics.UNREGISTER, self._unregister, others)
@@ -168,8 +169,8 @@ class NopeNode(LifecycleNode):
             self.get_logger().error(f"Can't be activated. {error}")
             return TransitionCallbackReturn.FAILURE
         if settings.gravity_imu_topic:
-            self._imu = ImuGravity()
             self._imu_input = self._listen(Imu, settings.gravity_imu_topic, self._receive_imu)
+            self._imu = ImuGravity()
             self._use_parameters([])
         for problem in loaded.problems:
             self._complain(problem)
@@ -190,23 +191,8 @@ class NopeNode(LifecycleNode):
     @_aloud
     def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Stop estimating, and free the model."""
-        session, self._session = self._session, None
-        if session is not None:
-            session.stop.set()
-            session.worker.join()
+        self._end_session()
         self._outputs[topics.MARKERS].publish(messages.no_markers())
-        self._marked.clear()
-        for object_id in list(self._objects):
-            self._remove(object_id)
-        if self._imu_input is not None:
-            self.destroy_subscription(self._imu_input)
-        self._imu = self._imu_input = None
-        self._use_parameters([])
-        self._pairing.clear()
-        del session
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
         return super().on_deactivate(state)
 
     def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
@@ -223,10 +209,34 @@ class NopeNode(LifecycleNode):
         self._finished = True
         return TransitionCallbackReturn.SUCCESS
 
+    def on_error(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """After a transition that raised: back to unconfigured."""
+        self._end_session()
+        self._take_down()
+        return TransitionCallbackReturn.SUCCESS
+
     def finish(self) -> None:
         """Shut down, unless a lifecycle manager has done so."""
         if not self._finished:
             self.trigger_shutdown()
+
+    def _end_session(self) -> None:
+        session, self._session = self._session, None
+        if session is not None:
+            session.stop.set()
+            session.worker.join()
+        self._marked.clear()
+        for object_id in list(self._objects):
+            self._remove(object_id)
+        if self._imu_input is not None:
+            self.destroy_subscription(self._imu_input)
+        self._imu = self._imu_input = None
+        self._use_parameters([])
+        self._pairing.clear()
+        del session
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def _take_down(self) -> None:
         for publisher in self._outputs.values():
@@ -304,7 +314,7 @@ class NopeNode(LifecycleNode):
         objects = list(self._objects.values())
         try:
             result = estimate(match, objects, session.estimator, settings, self._gravity, self._complain)
-        except InputError as error:
+        except (InputError, torch.cuda.OutOfMemoryError) as error:
             self._complain(error)
             return
         self._publish(result, settings)
@@ -394,7 +404,7 @@ class NopeNode(LifecycleNode):
         begin = time.perf_counter()
         try:
             registered, message = self._registered(request)
-        except InputError as error:
+        except (InputError, torch.cuda.OutOfMemoryError) as error:
             self._complain(f"register_object: {error}")
             response.message = str(error)
         else:
@@ -409,19 +419,10 @@ class NopeNode(LifecycleNode):
         object_id = check_object_id(request.object_id)
         if object_id in self._objects and not request.overwrite:
             raise InputError(f"object_id: '{object_id}' is registered already; set overwrite to replace it")
-        match = self._reference(request)
-        frame = reference_frame(match, request.instance, rectified=self._settings.rectified)
-        _use_threads(self._settings.threads)
-        pose = messages.pose_arrays(request.reference_pose) if request.use_reference_pose else (None, None)
-        registered = session.estimator.register_frame(
-            frame,
-            object_id=object_id,
-            reference_distance=_known(request.reference_distance),
-            object_diameter=_known(request.object_diameter),
-            R_camera_object=pose[0],
-            t_camera_object=pose[1],
-            gravity_camera=self._reference_gravity(request, match),
-        )
+        settings = self._settings
+        _use_threads(settings.threads)
+        match = requested_match(request, self._pairing.latest())
+        registered = register(session.estimator, request, match, self._gravity, rectified=settings.rectified)
         note = "" if registered.metric else "; its distance is unknown and is the unit of length"
         note += "" if registered.gravity_known else "; without gravity, so any orientation is possible"
         with self._registry:
@@ -439,35 +440,6 @@ class NopeNode(LifecycleNode):
         if self._session is None:
             raise InputError("the node is not active; activate it first")
         return self._session
-
-    def _reference(self, request: RegisterObject.Request) -> Match:
-        given = {
-            "image": request.image.height > 0,
-            "mask": request.mask.height > 0,
-            "camera_info": request.camera_info.height > 0,
-        }
-        if not any(given.values()):
-            latest = self._pairing.latest()
-            if latest is None:
-                raise InputError(
-                    f"no frame has been received yet: {self._missing() or 'stamps differ'}; or give an image"
-                )
-            return latest
-        if not all(given.values()):
-            missing = ", ".join(name for name, there in given.items() if not there)
-            raise InputError(
-                f"request: {missing} is empty; give image, mask and camera_info, or none for the latest frame"
-            )
-        depth = request.depth if request.depth.height > 0 else None
-        stamp = messages.nanoseconds(request.image.header.stamp)
-        return Match(stamp, request.image, request.mask, request.camera_info, depth)
-
-    def _reference_gravity(self, request: RegisterObject.Request, match: Match) -> Array | None:
-        given = np.array([request.gravity.x, request.gravity.y, request.gravity.z])
-        if given.any():
-            return given
-        # An error here is one: an object registered without gravity would be without it for good.
-        return self._gravity.down(match.image.header.frame_id, match.stamp)
 
     def _unregister(
         self, request: UnregisterObject.Request, response: UnregisterObject.Response
@@ -553,44 +525,6 @@ class NopeNode(LifecycleNode):
         name = self.get_fully_qualified_name().lstrip("/")
         message.status = [status(name, device, self._problem(session), values)]
         self._diagnostics.publish(message)
-
-
-def reference_frame(match: Match, instance: int, *, rectified: bool) -> Frame:
-    """The frame that an object is registered from.
-
-    Args:
-        match: its messages.
-        instance: id in the mask; 0: the only one there is.
-        rectified: whether the image has been undistorted already.
-
-    Raises:
-        InputError: if it can't be, or shows the object in part only.
-    """
-    ids = messages.mask_array(match.mask)
-    present = messages.instances(ids, at_most=20)
-    if instance == 0 and len(present) > 1:
-        raise InputError(f"instance: the mask holds {_listed(present)}; say which one is the object")
-    if instance != 0 and present and instance not in present:
-        raise InputError(f"instance: {instance} is not in the mask, which holds {_listed(present)}")
-    frame = Frame.from_arrays(
-        messages.image_array(match.image),
-        ids == instance if instance else ids,
-        messages.camera(match.camera_info, rectified=rectified),
-        None if match.depth is None else messages.depth_array(match.depth),
-    )
-    if frame.touches_border:
-        raise InputError(
-            "mask: the object reaches the image's border, so a part of it is not seen; move it to the middle"
-        )
-    return frame
-
-
-def _listed(ids: Sequence[int]) -> str:
-    return ", ".join(map(str, sorted(ids)[:20]))
-
-
-def _known(length: float) -> float | None:
-    return None if length == 0 else length
 
 
 def _overridable() -> QoSOverridingOptions:

@@ -1,0 +1,104 @@
+"""From a service request to a registered object, without a node."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from nope_ros.estimator import PoseEstimator, RegisteredObject
+from nope_ros.frame import Frame, InputError
+from nope_ros.node import messages
+from nope_ros.node.gravity import Gravity
+from nope_ros.node.pairing import Match
+from nope_ros.srv import RegisterObject
+
+
+def requested_match(request: RegisterObject.Request, latest: Match | None) -> Match:
+    """The messages to register from: those of the request, or the latest frame if it has none.
+
+    Raises:
+        InputError: if the request has some of them only, or there is no frame.
+    """
+    given = {
+        "image": request.image.height > 0,
+        "mask": request.mask.height > 0,
+        "camera_info": request.camera_info.height > 0,
+    }
+    if not any(given.values()):
+        if latest is None:
+            raise InputError("no frame of image, mask and camera_info has been received yet; send one, or give one")
+        return latest
+    if not all(given.values()):
+        missing = ", ".join(name for name, there in given.items() if not there)
+        raise InputError(f"request: {missing} is empty; give image, mask and camera_info, or none for the latest frame")
+    depth = request.depth if request.depth.height > 0 else None
+    stamp = messages.nanoseconds(request.image.header.stamp)
+    return Match(stamp, request.image, request.mask, request.camera_info, depth)
+
+
+def reference_frame(match: Match, instance: int, *, rectified: bool) -> Frame:
+    """The frame that an object is registered from.
+
+    Args:
+        match: its messages.
+        instance: id in the mask; 0: the only one there is.
+        rectified: whether the image has been undistorted already.
+
+    Raises:
+        InputError: if it can't be, or shows the object in part only.
+    """
+    ids = messages.mask_array(match.mask)
+    present = messages.instances(ids, at_most=20)
+    if instance == 0 and len(present) > 1:
+        raise InputError(f"instance: the mask holds {_listed(present)}; say which one is the object")
+    if instance != 0 and present and instance not in present:
+        raise InputError(f"instance: {instance} is not in the mask, which holds {_listed(present)}")
+    frame = Frame.from_arrays(
+        messages.image_array(match.image),
+        ids == instance if instance else ids,
+        messages.camera(match.camera_info, rectified=rectified),
+        None if match.depth is None else messages.depth_array(match.depth),
+    )
+    if frame.touches_border:
+        raise InputError("mask: the object reaches the image's border, a part of it is not seen; move it to the middle")
+    return frame
+
+
+def register(
+    estimator: PoseEstimator, request: RegisterObject.Request, match: Match, gravity: Gravity, *, rectified: bool
+) -> RegisteredObject:
+    """Learn an object.
+
+    Args:
+        estimator: the model.
+        request: everything but the messages.
+        match: the messages.
+        gravity: asked for the moment of the image where the request says nothing of it.
+        rectified: whether the image has been undistorted already.
+
+    Raises:
+        InputError: naming what does not fit.
+    """
+    frame = reference_frame(match, request.instance, rectified=rectified)
+    R, t = messages.pose_arrays(request.reference_pose) if request.use_reference_pose else (None, None)
+    given = np.array([request.gravity.x, request.gravity.y, request.gravity.z])
+    # That the node's source does not answer is an error here: an object registered without gravity lacks it for good.
+    down = given if given.any() else gravity.down(match.image.header.frame_id, match.stamp)
+    return estimator.register_frame(
+        frame,
+        object_id=request.object_id,
+        reference_distance=_known(request.reference_distance),
+        object_diameter=_known(request.object_diameter),
+        R_camera_object=R,
+        t_camera_object=t,
+        gravity_camera=down,
+    )
+
+
+def _listed(ids: Sequence[int]) -> str:
+    return ", ".join(map(str, sorted(ids)))
+
+
+def _known(length: float) -> float | None:
+    return None if length == 0 else length
