@@ -17,7 +17,7 @@ from nope_ros.crop import Crop, virtual_crop
 from nope_ros.distribution import RotationDistribution
 from nope_ros.frame import Camera, Frame, InputError
 from nope_ros.latent import Predictor, load_predictor
-from nope_ros.match import TemplateBank
+from nope_ros.match import Bank, predict_bank
 from nope_ros.pose import PoseEstimate, ReferencePose, pose_estimate
 from nope_ros.prior import Prior, free_rotations, hypotheses, resolve, upright_rotations
 
@@ -59,17 +59,17 @@ class RegisteredObject:
         return self.reference.metric
 
     @cached_property
-    def free_bank(self) -> TemplateBank:
+    def free_bank(self) -> Bank:
         """Templates for any rotation; predicted when first asked for, as an object with gravity may never need them."""
-        return TemplateBank.predict(self.predictor, self.latent, free_rotations(), self.batch_size)
+        return predict_bank(self.predictor, self.latent, free_rotations(), self.batch_size)
 
     @cached_property
-    def upright_bank(self) -> TemplateBank:
+    def upright_bank(self) -> Bank:
         """Templates for the viewpoints of an object that keeps its up axis."""
         if self.gravity_virtual is None:
             raise InputError(f"object '{self.object_id}' was registered without gravity")
         rotations = upright_rotations(self.gravity_virtual)
-        return TemplateBank.predict(self.predictor, self.latent, rotations, self.batch_size)
+        return predict_bank(self.predictor, self.latent, rotations, self.batch_size)
 
     @property
     def template_count(self) -> int:
@@ -86,7 +86,7 @@ class RegisteredObject:
         elif prior == "upright":
             bank = self.upright_bank
         else:  # few, and other ones for each query's gravity
-            bank = TemplateBank.predict(self.predictor, self.latent, possible.rotations, self.batch_size)
+            bank = predict_bank(self.predictor, self.latent, possible.rotations, self.batch_size)
         match = bank.match(latent, self.predictor.temperature)
         seen = RotationDistribution.from_log_likelihood(
             possible.rotations, match.log_likelihood, possible.log_weight, possible.spacing

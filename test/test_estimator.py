@@ -12,7 +12,9 @@ import torch
 
 from nope_ros import InputError, PoseEstimator
 from nope_ros.latent import RotatedLatentPredictor
+from nope_ros.match import TemplateBank, predict_bank
 from nope_ros.models.rotated_latent import RotatedLatentConfig, RotatedLatentNetwork
+from nope_ros.prior import free_rotations
 from nope_ros.rotations import exp, geodesic_distance, look_at
 from nope_ros.store import ObjectStore, StoreError, check_object_id
 from nope_ros.training.procedural import procedural_object
@@ -56,15 +58,29 @@ def test_template_counts_are_those_of_the_grids(estimator):
     assert estimator.register(*seen(), gravity_camera=gravity()).template_count == 642
 
 
-def test_one_object_takes_less_than_20_megabytes(estimator):
-    registered = estimator.register(*seen())
-    assert registered.free_bank.megabytes < 20
+def test_templates_of_one_object_take_less_than_20_megabytes(estimator):
+    latent = estimator.register(*seen()).latent
+    assert TemplateBank.predict(estimator.predictor, latent, free_rotations()).megabytes < 20
+
+
+def test_matching_without_templates_is_matching_with_them(estimator):
+    latent = estimator.register(*seen()).latent
+    query = estimator.register(*seen(look_at(np.array([0.5, 0.9, 0.2])))).latent
+    rotations = free_rotations()[::7]
+    stored = TemplateBank.predict(estimator.predictor, latent, rotations).match(query, 1e-3)
+    turned = predict_bank(estimator.predictor, latent, rotations).match(query, 1e-3)
+    # Half precision rounds the stored ones.
+    np.testing.assert_allclose(turned.similarity, stored.similarity, atol=0.01)
+    shift = stored.log_likelihood - turned.log_likelihood
+    assert np.ptp(shift) < 0.03 * np.ptp(turned.log_likelihood)
 
 
 def test_batches_bound_memory_and_change_nothing(estimator):
-    one = estimator.register(*seen(), gravity_camera=gravity())
-    other = PoseEstimator(estimator.predictor, batch_size=100).register(*seen(), gravity_camera=gravity())
-    torch.testing.assert_close(one.upright_bank.templates, other.upright_bank.templates)
+    latent = estimator.register(*seen()).latent
+    rotations = free_rotations()[:300]
+    one = TemplateBank.predict(estimator.predictor, latent, rotations)
+    other = TemplateBank.predict(estimator.predictor, latent, rotations, batch_size=100)
+    torch.testing.assert_close(one.templates, other.templates)
 
 
 def test_distance_follows_apparent_size_and_focal_lengths(estimator):

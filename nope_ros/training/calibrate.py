@@ -24,7 +24,7 @@ from scipy.special import logsumexp
 
 from nope_ros.crop import Crop
 from nope_ros.latent import CONFIG_FILE, NetworkPredictor, load_predictor, read_config
-from nope_ros.match import TemplateBank
+from nope_ros.match import Bank, predict_bank
 from nope_ros.prior import PRIORS, Prior, elevation, hypotheses
 from nope_ros.training.augment import AugmentationConfig, training_view
 from nope_ros.training.pairs import DataConfig, RenderCache
@@ -132,11 +132,11 @@ def _add_object(
     latents = predictor.encode(crops)
     # Roll was removed by a gravity that errs, and what errs is believed.
     believed = [_level(elevation(-R[:, 2])) if level else None for R in rotations]
-    bank: TemplateBank | None = None
+    bank: Bank | None = None
     for latent, R, gravity in zip(latents[1:], rotations[1:], believed[1:], strict=True):
         possible = hypotheses(prior, believed[0], gravity)
         if bank is None or prior == "standing":  # whose rotations depend on the query
-            bank = TemplateBank.predict(predictor, latents[0], possible.rotations)
+            bank = predict_bank(predictor, latents[0], possible.rotations)
         allowed = np.flatnonzero(np.isfinite(possible.log_weight))
         delta_R = R @ rotations[0].T
         evidence.log_likelihood.append(bank.match(latent, 1.0).log_likelihood[allowed].astype(np.float32))
