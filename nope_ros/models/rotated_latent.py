@@ -30,7 +30,7 @@ class RotatedLatentConfig:
         crop_size: side of the input, pixels; a multiple of 16.
         widths: channels at 1/4, 1/8 and 1/16 of the input.
         bandwidth: highest spherical harmonic degree L of the latent.
-        channels: channels of the latent; with more than 2L+1 the correlation of two latents reaches full rank.
+        channels: channels of the latent: what is known of each place on the sphere. Matching hardly depends on it.
         depths: slabs along the optical axis into which each pixel is lifted.
         lifted_channels: channels of a lifted cell.
         sphere_blocks: residual blocks on the sphere after lifting.
@@ -39,7 +39,7 @@ class RotatedLatentConfig:
     crop_size: int = 96
     widths: tuple[int, int, int] = (64, 128, 256)
     bandwidth: int = 8
-    channels: int = 24
+    channels: int = 64
     depths: int = 8
     lifted_channels: int = 32
     sphere_blocks: int = 2

@@ -6,6 +6,7 @@ so that a run on a slow machine ends as well-annealed as one on a fast machine. 
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from pathlib import Path
@@ -14,12 +15,14 @@ import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
+from matplotlib.figure import Figure
 from pydantic import BaseModel, ConfigDict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
+from nope_ros.latent import RotatedLatentPredictor, crops_to_tensor
 from nope_ros.models.rotated_latent import RotatedLatentConfig, RotatedLatentNetwork
 from nope_ros.training.augment import AugmentationConfig
 from nope_ros.training.likelihood import Candidates, candidates, pose_loss
@@ -72,17 +75,13 @@ def _pairs(views: int) -> tuple[Tensor, Tensor]:
     return first, second
 
 
-def _prepare(crops: Tensor) -> Tensor:
-    flat = crops.flatten(0, 1).float() / 127.5 - 1
-    return flat.contiguous(memory_format=torch.channels_last)
-
-
 def batch_loss(
     model: nn.Module, scale: Tensor, batch: Batch, samples: Candidates, identity_weight: float = 0.05
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean loss of all pairs of a batch; the logits (P, N) and rotations (P, 3, 3) of the pairs."""
     objects, views = batch.crops.shape[:2]
-    latents = model(_prepare(batch.crops)).float().unflatten(0, (objects, views))
+    pixels = crops_to_tensor(batch.crops.flatten(0, 1)).contiguous(memory_format=torch.channels_last)
+    latents = model(pixels).float().unflatten(0, (objects, views))
     first, second = _pairs(views)
     reference, query = latents[:, first].flatten(0, 1), latents[:, second].flatten(0, 1)
     R_reference, R_query = (
@@ -225,9 +224,42 @@ def train(config_path: Path, out: Path, overrides: dict[str, object] | None = No
                 scale = average.module.get_parameter("log_scale").exp()
                 row = validate(average.module, scale, validation, sets[0])
             _log(out, {"step": step, "minutes": spent / 60, **{f"val_{k}": v for k, v in row.items()}})
+            plot(out)
             last = time.monotonic()  # validation is not training time
         if done:
             break
+    if accelerator.is_main_process:
+        export(average, step, spent, out / "weights")
+        print(
+            f"weights: {out / 'weights'}; next: python -m nope_ros.training.calibrate {out / 'weights'} --cache CACHE"
+        )
+
+
+def export(average: AveragedModel, step: int, spent: float, folder: Path) -> None:
+    """Write the averaged network as a predictor that ``load_predictor`` reads, in half precision."""
+    network = copy.deepcopy(average.module.get_submodule("network"))
+    assert isinstance(network, RotatedLatentNetwork)
+    temperature = float(torch.exp(-average.module.get_parameter("log_scale")))
+    predictor = RotatedLatentPredictor(
+        network, temperature=temperature, training={"steps": step, "minutes": round(spent / 60, 1)}, device="cpu"
+    )
+    predictor.save_pretrained(folder, dtype=torch.float16)
+
+
+def plot(folder: Path) -> None:
+    """Draw the log's curves into ``loss.png``."""
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    training = [row for row in rows if "loss" in row]
+    held_out = [row for row in rows if "val_loss" in row]
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot([row["minutes"] for row in training], [row["loss"] for row in training], label="training", linewidth=1)
+    left.plot([row["minutes"] for row in held_out], [row["val_loss"] for row in held_out], "o-", label="held out")
+    left.set(xlabel="minutes", ylabel="nats against knowing nothing", title="negative log-likelihood")
+    left.legend()
+    right.plot([row["minutes"] for row in held_out], [row["val_acc30_within_90"] for row in held_out], "o-")
+    right.set(xlabel="minutes", ylabel="%", title="held out, any rotation, within 90°: Acc30", ylim=(0, 100))
+    figure.savefig(folder / "loss.png", dpi=100)
 
 
 def _save(
