@@ -210,6 +210,10 @@ class NodeProcess:
             assert time.monotonic() < end, f"'{text}' was not said:\n{self.output}"
             time.sleep(0.02)
 
+    def is_clean(self) -> bool:
+        """Whether nothing was said that people take for a crash."""
+        return "Traceback" not in self.output and "exception" not in self.output.lower()
+
     def stop(self, number: int = signal.SIGINT) -> int:
         if self.process.poll() is None:
             self.process.send_signal(number)

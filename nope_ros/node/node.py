@@ -123,7 +123,9 @@ class NopeNode(LifecycleNode):
         self._diagnostics = self.create_publisher(topics.DIAGNOSTICS.type, topics.DIAGNOSTICS.name, 10)
         # Not the node's clock, which may be a simulation's and stand still.
         clock = Clock(clock_type=ClockType.STEADY_TIME)
-        self.create_timer(1.0, self._diagnose, callback_group=MutuallyExclusiveCallbackGroup(), clock=clock)
+        self._timer = self.create_timer(
+            1.0, self._diagnose, callback_group=MutuallyExclusiveCallbackGroup(), clock=clock
+        )
         others = MutuallyExclusiveCallbackGroup()
         self._serve(topics.REGISTER, self._register, MutuallyExclusiveCallbackGroup())
         self._serve(topics.UNREGISTER, self._unregister, others)
@@ -217,6 +219,7 @@ class NopeNode(LifecycleNode):
 
     def finish(self) -> None:
         """Shut down, unless a lifecycle manager has done so."""
+        self.destroy_timer(self._timer)
         if not self._finished:
             self.trigger_shutdown()
 
@@ -562,8 +565,10 @@ def main(arguments: list[str] | None = None) -> int:
             if node.failure is not None:
                 raise node.failure
     finally:
-        executor.shutdown()
         node.finish()
+        # rclpy's shutdown does not wait for callbacks that it has just handed to a thread, and then they complain.
+        time.sleep(0.1)
+        executor.shutdown()
         node.destroy_node()
         rclpy.shutdown()
     return 0
