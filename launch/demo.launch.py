@@ -36,7 +36,9 @@ def generate_launch_description() -> LaunchDescription:
     """Arguments, the node, and the player."""
     arguments = [
         DeclareLaunchArgument(
-            "data", default_value=str(SHARE / "demo" / "sequence"), description="folder or bag (see nope_ros.sequence)"
+            "data",
+            default_value=str(SHARE / "demo" / "sequence"),
+            description="folder or bag (see nope_ros.demo.sequence)",
         ),
         DeclareLaunchArgument("rate", default_value="5", description="frames a second"),
         DeclareLaunchArgument("loop", default_value="true", description="begin again at the end"),

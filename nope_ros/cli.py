@@ -24,19 +24,19 @@ class Command:
 
 
 def _demo(words: Words) -> int:
-    from nope_ros import demo
+    from nope_ros.demo import run
 
-    return demo.main(words)
+    return run.main(words)
 
 
 def _play(words: Words) -> int:
-    from nope_ros import player
+    from nope_ros.demo import player
 
     return player.main(words)
 
 
 def _estimate(words: Words) -> int:
-    from nope_ros import offline
+    from nope_ros.demo import offline
 
     return offline.main(words)
 

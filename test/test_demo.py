@@ -13,8 +13,8 @@ import pytest
 from nope_ros.frame import Camera, InputError
 from nope_ros.latent import DEFAULT_WEIGHTS
 from nope_ros.rotations import exp, look_at
-from nope_ros.score import figures, percentiles, score_frame, within
-from nope_ros.sequence import FolderRecording, Moment, Topics, Truth, choose_topics, open_recording, packaged
+from nope_ros.demo.score import figures, percentiles, score_frame, within
+from nope_ros.demo.sequence import FolderRecording, Moment, Topics, Truth, choose_topics, open_recording, packaged
 
 ROOT = Path(__file__).resolve().parent.parent
 SEQUENCE = ROOT / "demo" / "sequence"
@@ -280,7 +280,7 @@ def demo(out, *words, timeout=100):
 
 def test_level_transform_holds_gravity_and_nothing_else(ros):
     from nope_ros.node.distro import rotation_matrix
-    from nope_ros.player import header, level_transform
+    from nope_ros.demo.player import header, level_transform
 
     moment = next(iter(open_recording(SEQUENCE)))
     rng = np.random.default_rng(0)
@@ -295,7 +295,7 @@ def test_level_transform_holds_gravity_and_nothing_else(ros):
 
 
 def test_reference_frame_is_upright_and_at_the_distance(ros):
-    from nope_ros.player import ReferenceFrame
+    from nope_ros.demo.player import ReferenceFrame
 
     moment = next(iter(open_recording(SEQUENCE)))
     frame = ReferenceFrame.of(moment, 0.7, moment.gravity_camera)
@@ -355,9 +355,9 @@ def write_bag(path, moments, gravity):
     from rclpy.serialization import serialize_message
     from tf2_msgs.msg import TFMessage
 
-    from nope_ros.bag import Recorded, write_mcap
+    from nope_ros.demo.bag import Recorded, write_mcap
     from nope_ros.node import messages
-    from nope_ros.player import camera_info_message, header, level_transform, mask_message
+    from nope_ros.demo.player import camera_info_message, header, level_transform, mask_message
 
     recorded = []
     for i, moment in enumerate(moments):

@@ -1,7 +1,7 @@
 """The whole on one recorded sequence: the real node as its own process, fed over ROS topics, drawn and scored.
 
     nope-ros demo                                   the sequence that comes with the package
-    nope-ros demo --data <folder or bag>            any other (see nope_ros.sequence)
+    nope-ros demo --data <folder or bag>            any other (see nope_ros.demo.sequence)
 
 Writes a video (overlay.mp4, overlay.gif), overview.png, contact_sheet.png, distribution.png, poses.mcap, frames.csv and
 summary.json. The true poses of a sequence are for scoring; the node is given the distance of the first frame, so that
@@ -34,11 +34,11 @@ from nope_ros import draw
 from nope_ros.distribution import Ambiguity
 from nope_ros.frame import Frame, InputError
 from nope_ros.prior import PRIORS
-from nope_ros.score import FrameScore, figures, percentiles, score_frame, within
-from nope_ros.sequence import Moment, Recording, open_recording, packaged
+from nope_ros.demo.score import FrameScore, figures, percentiles, score_frame, within
+from nope_ros.demo.sequence import Moment, Recording, open_recording, packaged
 
 if TYPE_CHECKING:
-    from nope_ros.session import Answer, Run
+    from nope_ros.demo.session import Answer, Run
 
 Array = NDArray[np.float64]
 Report = Callable[[str, int, int], None]
@@ -129,7 +129,7 @@ class Pictures:
     """
 
     def __init__(self, run: Run, first: Moment) -> None:
-        from nope_ros.player import ReferenceFrame
+        from nope_ros.demo.player import ReferenceFrame
 
         self._run = run
         self._reference_truth = first.truth
@@ -437,8 +437,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
     console = Console(stderr=False)
     try:
-        from nope_ros import session
-        from nope_ros.player import add_topic_arguments
+        from nope_ros.demo import session
+        from nope_ros.demo.player import add_topic_arguments
     except ImportError as error:
         console.print(
             f"[red]ROS is not here[/] ({escape(str(error))}): run `make setup`, then source install/setup.bash"
@@ -462,9 +462,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(given: argparse.Namespace, console: Console) -> int:
-    from nope_ros.bag import write_mcap
-    from nope_ros.player import topics_of
-    from nope_ros.session import Options, run_session
+    from nope_ros.demo.bag import write_mcap
+    from nope_ros.demo.player import topics_of
+    from nope_ros.demo.session import Options, run_session
 
     data = Path(given.data) if given.data else bundled_sequence()
     recording = open_recording(

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nope_ros.rotations import geodesic_distance, relative_rotation
-from nope_ros.sequence import Truth
+from nope_ros.demo.sequence import Truth
 
 Array = NDArray[np.float64]
 

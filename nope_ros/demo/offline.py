@@ -24,8 +24,8 @@ from nope_ros.estimator import PoseEstimator
 from nope_ros.frame import Frame, InputError
 from nope_ros.pose import PoseEstimate
 from nope_ros.prior import PRIORS
-from nope_ros.score import FrameScore, figures, percentiles, score_frame, within
-from nope_ros.sequence import Moment, open_recording
+from nope_ros.demo.score import FrameScore, figures, percentiles, score_frame, within
+from nope_ros.demo.sequence import Moment, open_recording
 
 
 def as_json(moment: Moment, estimate: PoseEstimate) -> dict[str, Any]:
