@@ -106,7 +106,7 @@ class TemplateBank:
 class HarmonicBank:
     """The same for a latent that turns: no template is stored.
 
-    ⟨e_q, D(R) e_r⟩ is the scalar product of D(R) with the products of the two latents, degree by degree. So what depends
+    ⟨e_q, D(R) e_r⟩ is the scalar product of D(R) with the products of the two latents, degree by degree. What depends
     on rotations alone is computed once for all objects and kept, what depends on the object is its latent, and matching
     is still one matrix product, with a row of 969 numbers for each rotation in place of a template of thousands.
 

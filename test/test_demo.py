@@ -10,11 +10,11 @@ import cv2
 import numpy as np
 import pytest
 
+from nope_ros.demo.score import figures, percentiles, score_frame, within
+from nope_ros.demo.sequence import FolderRecording, Moment, Topics, Truth, choose_topics, open_recording, packaged
 from nope_ros.frame import Camera, InputError
 from nope_ros.latent import DEFAULT_WEIGHTS
 from nope_ros.rotations import exp, look_at
-from nope_ros.demo.score import figures, percentiles, score_frame, within
-from nope_ros.demo.sequence import FolderRecording, Moment, Topics, Truth, choose_topics, open_recording, packaged
 
 ROOT = Path(__file__).resolve().parent.parent
 SEQUENCE = ROOT / "demo" / "sequence"
@@ -279,8 +279,8 @@ def demo(out, *words, timeout=100):
 
 
 def test_level_transform_holds_gravity_and_nothing_else(ros):
-    from nope_ros.node.distro import rotation_matrix
     from nope_ros.demo.player import header, level_transform
+    from nope_ros.node.distro import rotation_matrix
 
     moment = next(iter(open_recording(SEQUENCE)))
     rng = np.random.default_rng(0)
@@ -356,8 +356,8 @@ def write_bag(path, moments, gravity):
     from tf2_msgs.msg import TFMessage
 
     from nope_ros.demo.bag import Recorded, write_mcap
-    from nope_ros.node import messages
     from nope_ros.demo.player import camera_info_message, header, level_transform, mask_message
+    from nope_ros.node import messages
 
     recorded = []
     for i, moment in enumerate(moments):

@@ -19,13 +19,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from nope_ros.demo.score import FrameScore, figures, percentiles, score_frame, within
+from nope_ros.demo.sequence import Moment, open_recording
 from nope_ros.draw import Drawn, overlay
 from nope_ros.estimator import PoseEstimator
 from nope_ros.frame import Frame, InputError
 from nope_ros.pose import PoseEstimate
 from nope_ros.prior import PRIORS
-from nope_ros.demo.score import FrameScore, figures, percentiles, score_frame, within
-from nope_ros.demo.sequence import Moment, open_recording
 
 
 def as_json(moment: Moment, estimate: PoseEstimate) -> dict[str, Any]:

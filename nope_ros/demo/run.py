@@ -31,11 +31,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 from nope_ros import draw
+from nope_ros.demo.score import FrameScore, figures, percentiles, score_frame, within
+from nope_ros.demo.sequence import Moment, Recording, open_recording, packaged
 from nope_ros.distribution import Ambiguity
 from nope_ros.frame import Frame, InputError
 from nope_ros.prior import PRIORS
-from nope_ros.demo.score import FrameScore, figures, percentiles, score_frame, within
-from nope_ros.demo.sequence import Moment, Recording, open_recording, packaged
 
 if TYPE_CHECKING:
     from nope_ros.demo.session import Answer, Run

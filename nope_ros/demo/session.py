@@ -26,8 +26,6 @@ from rclpy.serialization import deserialize_message, serialize_message
 from sensor_msgs.msg import CompressedImage
 
 from nope_ros.demo.bag import Recorded
-from nope_ros.msg import ObjectPose, ObjectPoseArray, PoseDistribution
-from nope_ros.node import messages, topics
 from nope_ros.demo.player import (
     LEVEL_FRAME,
     Player,
@@ -36,8 +34,10 @@ from nope_ros.demo.player import (
     make_room_for_images,
     registration_request,
 )
-from nope_ros.prior import Prior
 from nope_ros.demo.sequence import Moment, Recording, Truth
+from nope_ros.msg import ObjectPose, ObjectPoseArray, PoseDistribution
+from nope_ros.node import messages, topics
+from nope_ros.prior import Prior
 from nope_ros.srv import RegisterObject
 
 NODE = "/nope"
