@@ -220,18 +220,22 @@ def object_views(source: Source, settings: Settings) -> Iterator[tuple[NDArray[n
     rng = np.random.default_rng([settings.seed, zlib.crc32(source.name.encode())])
     mesh = source.load()
     finish = random_finish(rng)
-    # Some objects are photographed under lights that stay with the object, others under ever new ones.
-    fixed = rng.random() < 0.3
-    fixed_seed = int(rng.integers(2**32))
+    # Lights may stay with the object (the camera walks around it), with the camera (the object is turned before it), or
+    # be new each time. Were they always new, equal shading would be proof of an equal view, and it is not: a network
+    # trained so takes a turned, plain object under steady light for one that has not moved.
+    steady = rng.choice(3, p=(0.3, 0.4, 0.3))
+    rig = random_lighting(np.random.default_rng(int(rng.integers(2**32))), np.eye(3), finish)
+    # The rig is made with z up; a level camera has up along −y.
+    level = np.array([[1.0, 0, 0], [0, 0, -1], [0, 1, 0]])
     used = mesh.vertices[np.unique(mesh.faces)]
     for _ in range(source.view_count):
         R, t, K = random_view(rng, used, settings)
-        if fixed:
-            lighting = random_lighting(np.random.default_rng(fixed_seed), np.eye(3), finish)
-            directions = np.ascontiguousarray(lighting.directions @ R.T, np.float32)
-            lighting = replace(lighting, directions=directions, up=tuple(R[:, 2]))
-        else:
+        if steady == 2:
             lighting = random_lighting(rng, R, finish)
+        else:
+            turn = R if steady == 0 else level
+            directions = np.ascontiguousarray(rig.directions @ turn.T, np.float32)
+            lighting = replace(rig, directions=directions, up=tuple(R[:, 2]))
         size = settings.size
         view = render(mesh, R, t, K, size, size, lighting=lighting, supersampling=settings.supersampling)
         yield np.dstack([view.rgb, view.coverage]), (R, t, K)
