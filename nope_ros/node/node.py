@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial, wraps
@@ -115,6 +116,7 @@ class NopeNode(LifecycleNode):
         self._gravity = Gravity()
         self._outputs: dict[topics.Endpoint, Publisher[Any]] = {}
         self._inputs: list[Any] = []
+        self._retired: deque[Callable[[], object]] = deque()
         self._measured = (time.monotonic(), self._pairing.counts)
         self._input_group = MutuallyExclusiveCallbackGroup()
         self._use_parameters([])
@@ -142,9 +144,7 @@ class NopeNode(LifecycleNode):
     def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Make publishers and subscriptions."""
         for endpoint in (topics.POSES, topics.DETECTIONS, topics.DISTRIBUTION, topics.MARKERS, topics.OVERLAY):
-            self._outputs[endpoint] = self.create_lifecycle_publisher(
-                endpoint.type, endpoint.name, topics.output_qos(), qos_overriding_options=_overridable()
-            )
+            self._outputs[endpoint] = self._publisher(endpoint, endpoint.name)
         image = topics.IMAGE_COMPRESSED if self._settings.compressed else topics.IMAGE
         inputs: list[tuple[Kind, topics.Endpoint]] = [
             ("image", image),
@@ -232,7 +232,7 @@ class NopeNode(LifecycleNode):
         for object_id in list(self._objects):
             self._remove(object_id)
         if self._imu_input is not None:
-            self.destroy_subscription(self._imu_input)
+            self._retire(self.destroy_subscription, self._imu_input)
         self._imu = self._imu_input = None
         self._use_parameters([])
         self._pairing.clear()
@@ -243,11 +243,25 @@ class NopeNode(LifecycleNode):
 
     def _take_down(self) -> None:
         for publisher in self._outputs.values():
-            self.destroy_lifecycle_publisher(publisher)
+            self._retire(self.destroy_publisher, publisher)
         for subscription in self._inputs:
-            self.destroy_subscription(subscription)
+            self._retire(self.destroy_subscription, subscription)
         self._outputs.clear()
         self._inputs.clear()
+
+    def _retire(self, destroy: Callable[[Any], object], entity: Any) -> None:
+        self._retired.append(partial(destroy, entity))
+
+    def tidy(self) -> None:
+        """Destroy what is out of use. For the thread that spins, between two spins.
+
+        rclpy's executor raises if another thread destroys what it is about to wait for.
+        """
+        while self._retired:
+            self._retired.popleft()()
+
+    def _publisher(self, endpoint: topics.Endpoint, name: str) -> Publisher[Any]:
+        return self.create_publisher(endpoint.type, name, topics.output_qos(), qos_overriding_options=_overridable())
 
     def _listen(self, type_: type, topic: str, callback: Callable[[Any], None]) -> Any:
         return self.create_subscription(
@@ -393,15 +407,13 @@ class NopeNode(LifecycleNode):
                         f"object_id: '{object_id}' would publish on the topic of '{other}'; choose another name"
                     )
             if object_id not in self._pose_publishers:
-                self._pose_publishers[object_id] = self.create_publisher(
-                    topics.OBJECT_POSE.type, topic, topics.output_qos(), qos_overriding_options=_overridable()
-                )
+                self._pose_publishers[object_id] = self._publisher(topics.OBJECT_POSE, topic)
             self._objects = {**self._objects, object_id: registered}
 
     def _remove(self, object_id: str) -> None:
         with self._registry:
             self._objects = {name: one for name, one in self._objects.items() if name != object_id}
-            self.destroy_publisher(self._pose_publishers.pop(object_id))
+            self._retire(self.destroy_publisher, self._pose_publishers.pop(object_id))
 
     def _register(self, request: RegisterObject.Request, response: RegisterObject.Response) -> RegisterObject.Response:
         begin = time.perf_counter()
@@ -562,12 +574,14 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         while not stop.is_set():
             executor.spin_once(timeout_sec=0.2)
+            node.tidy()
             if node.failure is not None:
                 raise node.failure
     finally:
         node.finish()
         # rclpy's shutdown does not wait for callbacks that it has just handed to a thread, and then they complain.
         time.sleep(0.1)
+        node.tidy()
         executor.shutdown()
         node.destroy_node()
         rclpy.shutdown()
