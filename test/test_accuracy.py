@@ -1,0 +1,61 @@
+"""The shipped weights keep their promises, bounded apart in degrees and in relative distance."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nope_ros.demo.score import figures, score_frame, within
+from nope_ros.demo.sequence import open_recording
+from nope_ros.estimator import PoseEstimator
+from nope_ros.frame import Frame
+
+ROOT = Path(__file__).parents[1]
+PHOTOGRAPHS = ROOT.parent / "shared" / "data" / "real"
+
+
+@pytest.fixture(scope="module")
+def estimator():
+    return PoseEstimator.from_pretrained(device="cpu")
+
+
+def judged(estimator, folder, prior, step=1):
+    moments = list(open_recording(folder))[::step]
+    frames = [Frame.from_arrays(moment.image, moment.mask, moment.camera) for moment in moments]
+    gravity = [None if prior == "free" else moment.gravity_camera for moment in moments]
+    reference = moments[0].truth
+    registered = estimator.register_frame(
+        frames[0], reference_distance=float(np.linalg.norm(reference.t_camera_object)), gravity_camera=gravity[0]
+    )
+    scores, inside = [], []
+    for moment, frame, down in list(zip(moments, frames, gravity, strict=True))[1:]:
+        (pose,) = estimator.estimate_frame(frame, [registered], prior=prior, gravity_camera=down)
+        scores.append(score_frame(reference, moment.truth, pose.delta_R, pose.t_camera_object, metric=pose.metric))
+        inside.append(pose.confidence)
+    return scores, np.array(inside)
+
+
+def test_bundled_sequence_within_90_degrees(estimator):
+    scores, _ = judged(estimator, ROOT / "demo" / "sequence", "standing")
+    found = figures(within(scores))
+    assert found["frames"] > 55
+    assert found["acc30"] >= 90
+    assert found["rotation_error_deg"]["median"] < 6
+    assert found["translation_error_relative_median"] < 0.06
+
+
+def test_bundled_sequence_without_gravity_still_beats_guessing(estimator):
+    scores, confidence = judged(estimator, ROOT / "demo" / "sequence", "free", step=3)
+    assert figures(within(scores, 45))["acc30"] >= 60
+    wrong = np.array([score.rotation_error_deg > 30 for score in scores])
+    assert confidence[wrong].mean() < confidence[~wrong].mean(), "unsure where it errs"
+
+
+@pytest.mark.parametrize("name, degrees, relative", [("ferrari", 20, 0.08), ("mango", 60, 0.08)])
+def test_photographs(estimator, name, degrees, relative):
+    if not (PHOTOGRAPHS / name).is_dir():
+        pytest.skip(f"no photographs of {name} beside the checkout (../shared/data/real)")
+    scores, _ = judged(estimator, PHOTOGRAPHS / name, "standing")
+    found = figures(within(scores))
+    assert found["rotation_error_deg"]["median"] < degrees  # guessing a yaw gives 90
+    assert found["translation_error_relative_median"] < relative
