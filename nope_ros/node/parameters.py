@@ -78,7 +78,7 @@ class Spec:
         if self.choices and value not in self.choices:
             return f"{self.name}: '{value}' is not one of {self.allowed}"
         low, high = self.low, self.high
-        if (low is not None and value < low) or (high is not None and value > high):
+        if (low is not None and not value >= low) or (high is not None and not value <= high):  # NaN is not within
             return f"{self.name}: {value} is not within {self.allowed}{self.unit and ' ' + self.unit}"
         wrong = self.check(value) if self.check else None
         return wrong and f"{self.name}: '{value}' {wrong}"
