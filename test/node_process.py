@@ -143,10 +143,16 @@ class Robot:
         return found[0]
 
     def until(self, condition: Callable[[], bool], what: str, timeout: float = 10.0) -> None:
+        assert self._within(condition, timeout), f"waited {timeout:g} s for {what}"
+
+    @staticmethod
+    def _within(condition: Callable[[], bool], timeout: float) -> bool:
         end = time.monotonic() + timeout
         while not condition():
-            assert time.monotonic() < end, f"waited {timeout:g} s for {what}"
+            if time.monotonic() > end:
+                return False
             time.sleep(0.01)
+        return True
 
     def call(self, service: type, name: str, request: Any, timeout: float = 20.0) -> Any:
         new = (service, name) not in self._clients
@@ -157,6 +163,12 @@ class Robot:
         if new:
             time.sleep(_SETTLE)
         future = client.call_async(request)
+        if new and not self._within(future.done, timeout / 2):
+            # On a busy machine the node may answer before DDS has told it of this client ("failed to send response",
+            # rmw_fastrtps says): the request is done and its answer lost. Ask again, as a caller would have to.
+            if hasattr(request, "overwrite"):
+                request.overwrite = True
+            future = client.call_async(request)
         self.until(future.done, f"an answer of {name}", timeout)
         return future.result()
 
