@@ -7,7 +7,7 @@ is wrong by the angle between the object and the optical axis, up to some 20° a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
@@ -53,6 +53,10 @@ class VirtualCamera:
     K_virtual: Array
     angular_radius: float
 
+    def rolled(self, roll: float) -> VirtualCamera:
+        """The same, turned by ``roll`` radians about its optical axis."""
+        return replace(self, R_virtual_camera=exp(np.array([0.0, 0.0, roll])) @ self.R_virtual_camera)
+
 
 def outline(mask: NDArray[np.bool_] | NDArray[np.uint8]) -> Array:
     """Convex outline (N, 2) of a mask in pixels, specks below 2 % of its area left out.
@@ -77,7 +81,7 @@ def roll_of_gravity(R_turned_camera: Array, gravity_camera: Array) -> float | No
     return float(np.arctan2(gravity[0], gravity[1]))
 
 
-def virtual_camera(outline_px: Array, K: Array, size: int, roll: float = 0.0) -> VirtualCamera:
+def virtual_camera(outline_px: Array, K: Array, size: int) -> VirtualCamera:
     """The virtual camera that centres an outline's enclosing circle and makes it fill ``FILL`` of the crop.
 
     The circle is taken in the turned view, not in the image, where perspective stretches it towards the border; a
@@ -87,7 +91,6 @@ def virtual_camera(outline_px: Array, K: Array, size: int, roll: float = 0.0) ->
         outline_px: (N, 2) outline of the mask, pixels.
         K: (3, 3) intrinsics of the image.
         size: side of the crop, pixels.
-        roll: radians about the new optical axis.
     """
     rays = np.column_stack([outline_px, np.ones(len(outline_px))]) @ np.linalg.inv(K).T
     turn = turn_to(rays.mean(axis=0))
@@ -99,7 +102,7 @@ def virtual_camera(outline_px: Array, K: Array, size: int, roll: float = 0.0) ->
     focal = FILL * size / 2 / radius
     middle = (size - 1) / 2  # pixel centres are integers
     K_virtual = np.array([[focal, 0, middle], [0, focal, middle], [0, 0, 1.0]])
-    return VirtualCamera(exp(np.array([0.0, 0.0, roll])) @ turn, K_virtual, float(radius))
+    return VirtualCamera(turn, K_virtual, float(radius))
 
 
 def look_through(
@@ -130,7 +133,7 @@ def virtual_crop(frame: Frame, size: int, gravity_camera: Array | None = None) -
     camera = virtual_camera(points, frame.camera.K, size)
     roll = None if gravity_camera is None else roll_of_gravity(camera.R_virtual_camera, np.asarray(gravity_camera))
     if roll is not None:
-        camera = virtual_camera(points, frame.camera.K, size, roll)
+        camera = camera.rolled(roll)
     # Only the part around the object is resampled: a full-HD frame then costs what a small one does.
     margin = int(0.2 * max(x1 - x0, y1 - y0)) + 4
     left, top = max(x0 - margin, 0), max(y0 - margin, 0)

@@ -109,10 +109,10 @@ def photographed(rgb: NDArray[np.uint8], config: AugmentationConfig, rng: Genera
     if rng.random() < config.clean_probability:
         return rgb
     size = rgb.shape[0]
-    image = rgb.astype(np.float32) / 255
-    image = image ** np.float32(np.exp(rng.uniform(*np.log(config.gamma))))
+    levels = np.linspace(0, 1, 256) ** np.exp(rng.uniform(*np.log(config.gamma)))
+    image = levels.astype(np.float32)[rgb]
     gain = np.exp(rng.uniform(*np.log(config.gain)) + rng.normal(0, config.white_balance, 3)).astype(np.float32)
-    grey = image.mean(axis=2, keepdims=True)
+    grey = cv2.transform(image, np.full((1, 3), 1 / 3))[..., None]
     image = (grey + (image - grey) * np.float32(rng.uniform(*config.saturation))) * gain
     if rng.random() < 0.5:
         angle, slope = rng.uniform(0, 2 * np.pi), rng.uniform(0, config.shading)
@@ -136,7 +136,7 @@ def photographed(rgb: NDArray[np.uint8], config: AugmentationConfig, rng: Genera
     if rng.random() < config.low_resolution_probability:
         small = int(size * rng.uniform(0.3, 0.7))
         image = cv2.resize(cv2.resize(image, (small, small), interpolation=cv2.INTER_AREA), (size, size))
-    image += rng.normal(0, rng.uniform(*config.noise), image.shape).astype(np.float32)
+    image += rng.standard_normal(image.shape, np.float32) * np.float32(rng.uniform(*config.noise))
     result = (np.clip(image, 0, 1) * 255).astype(np.uint8)
     if rng.random() < config.jpeg_probability:
         quality = int(rng.integers(*config.jpeg_quality))
@@ -183,7 +183,7 @@ def training_view(
             roll = float(rng.uniform(-np.pi, np.pi))
         elif config is not None:
             roll += np.radians(config.gravity_noise_deg) * rng.normal()
-    camera = virtual_camera(points, K, size, roll)
+    camera = camera.rolled(roll)
     rgb = cv2.bitwise_and(rgb, rgb, mask=mask)
     crop = np.dstack([look_through(rgb, K, camera, size), look_through(mask, K, camera, size)])
     return View(np.ascontiguousarray(crop.transpose(2, 0, 1)), camera.R_virtual_camera @ R_camera_object)

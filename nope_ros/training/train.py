@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
-from nope_ros.latent import RotatedLatentPredictor, crops_to_tensor
+from nope_ros.latent import RotatedLatentPredictor, WeightsError, crops_to_tensor, load_predictor
 from nope_ros.models.rotated_latent import RotatedLatentConfig, RotatedLatentNetwork
 from nope_ros.training.augment import AugmentationConfig
 from nope_ros.training.likelihood import Candidates, candidates, pose_loss
+from nope_ros.training.muon import Muon
 from nope_ros.training.pairs import Batch, DataConfig, PairDataset
 
 
@@ -37,6 +38,7 @@ class TrainingConfig(BaseModel):
     data: DataConfig
     augmentation: AugmentationConfig = AugmentationConfig()
     network: dict[str, int | list[int]] = {}
+    start: str = ""  # folder of weights to go on from, with a new seed; empty: from nothing
     seed: int = 0
     budget_minutes: float = 120
     learning_rate: float = 2e-3
@@ -158,12 +160,16 @@ def train(config_path: Path, out: Path, overrides: dict[str, object] | None = No
     network_config = config.network_config
     learner = _Learner(network_config)
     learner.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs leave it out
-    decay = [p for p in learner.parameters() if p.ndim > 1]
+    matrices = [p for p in learner.parameters() if p.ndim > 1]
     rest = [p for p in learner.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}],
+    if config.start:
+        start(Path(config.start), learner)
+    optimizer = Muon(
+        [
+            {"params": matrices, "matrix": True, "weight_decay": config.weight_decay},
+            {"params": rest, "matrix": False, "weight_decay": 0.0},
+        ],
         lr=config.learning_rate,
-        betas=(0.9, 0.98),
     )
     average = AveragedModel(learner, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)
     step, spent = 0, 0.0
@@ -233,6 +239,15 @@ def train(config_path: Path, out: Path, overrides: dict[str, object] | None = No
         print(
             f"weights: {out / 'weights'}; next: python -m nope_ros.training.calibrate {out / 'weights'} --cache CACHE"
         )
+
+
+def start(folder: Path, learner: _Learner) -> None:
+    """Take over the weights and the temperature of a finished training; its optimiser's state is not kept."""
+    predictor = load_predictor(folder, device="cpu")
+    if not isinstance(predictor, RotatedLatentPredictor):
+        raise WeightsError(f"start: {folder} holds '{predictor.name}', not the network of this training")
+    learner.network.load_state_dict(predictor.network.state_dict())
+    learner.log_scale.data.fill_(-float(np.log(predictor.temperature)))
 
 
 def export(average: AveragedModel, step: int, spent: float, folder: Path) -> None:
