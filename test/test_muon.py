@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from nope_ros.training.muon import Muon, orthogonalised
 
 
