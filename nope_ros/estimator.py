@@ -20,6 +20,7 @@ from nope_ros.latent import Predictor, load_predictor
 from nope_ros.match import Bank, predict_bank
 from nope_ros.pose import PoseEstimate, ReferencePose, pose_estimate
 from nope_ros.prior import Prior, free_rotations, hypotheses, resolve, upright_rotations
+from nope_ros.refine import Query, Refinement, Refiner, Step, load_refiner, moved, steps
 
 Array = NDArray[np.float64]
 
@@ -76,23 +77,21 @@ class RegisteredObject:
         """Templates predicted at registration."""
         return len((self.upright_bank if self.gravity_known else self.free_bank).rotations)
 
-    def distribution(
-        self, latent: Tensor, crop: Crop, gravity_virtual: Array | None, prior: Prior
-    ) -> tuple[RotationDistribution, float]:
-        """The distribution of delta_R in camera axes given a query's latent (D,); the best template's similarity."""
-        possible = hypotheses(prior, self.gravity_virtual, gravity_virtual)
+    def distribution(self, query: Query, prior: Prior) -> tuple[RotationDistribution, float]:
+        """The distribution of delta_R in camera axes given a query; the best template's similarity."""
+        possible = hypotheses(prior, self.gravity_virtual, query.gravity_virtual)
         if prior == "free":
             bank = self.free_bank
         elif prior == "upright":
             bank = self.upright_bank
         else:  # few, and other ones for each query's gravity
             bank = predict_bank(self.predictor, self.latent, possible.rotations, self.batch_size)
-        match = bank.match(latent, self.predictor.temperature)
+        match = bank.match(query.latent, self.predictor.temperature)
         seen = RotationDistribution.from_log_likelihood(
             possible.rotations, match.log_likelihood, possible.log_weight, possible.spacing
         )
         # From virtual cameras (allocentric) back to the real ones (egocentric).
-        egocentric = seen.transformed(crop.R_virtual_camera.T, self.R_virtual_camera)
+        egocentric = seen.transformed(query.crop.R_virtual_camera.T, self.R_virtual_camera)
         return egocentric, float(match.similarity[np.argmax(seen.probabilities)])
 
 
@@ -106,16 +105,45 @@ class PoseEstimator:
         >>> pose.R_camera_object, pose.t_camera_object, pose.confidence
     """
 
-    def __init__(self, predictor: Predictor, batch_size: int = 1024) -> None:
+    def __init__(self, predictor: Predictor, batch_size: int = 1024, refinement: Refinement = "none") -> None:
         self.predictor = predictor
         self.batch_size = batch_size
         self._last: RegisteredObject | None = None
         # A network is one set of buffers on one device: two encodings at once would only slow each other down.
         self._encoding = threading.Lock()
+        self._refiners: dict[Step, Refiner] = {}
+        self._loading = threading.Lock()
+        self.refinement = refinement
+
+    @property
+    def refinement(self) -> Refinement:
+        """What follows the templates: see ``nope_ros.refine``. May be changed at any time.
+
+        Raises:
+            InputError: when set to what is unknown, or cannot be had with this predictor.
+        """
+        return self._refinement
+
+    @refinement.setter
+    def refinement(self, refinement: Refinement) -> None:
+        for step in steps(refinement):
+            self._refiner(step)  # what is missing is said now, and no frame waits for it
+        self._refinement: Refinement = refinement
+
+    def _refiner(self, step: Step) -> Refiner:
+        with self._loading:
+            if step not in self._refiners:
+                self._refiners[step] = load_refiner(step, self.predictor)
+            return self._refiners[step]
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path | None = None, *, device: str = "auto", batch_size: int = 1024
+        cls,
+        path: str | Path | None = None,
+        *,
+        device: str = "auto",
+        batch_size: int = 1024,
+        refinement: Refinement = "none",
     ) -> PoseEstimator:
         """Load weights: the packaged ones, or a folder or cached hub name.
 
@@ -123,11 +151,12 @@ class PoseEstimator:
             path: folder with config.json and model.safetensors, or ``organisation/name`` in the user's hub cache.
             device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", ...
             batch_size: most templates predicted at a time, which bounds memory.
+            refinement: what follows the templates: "none", "correspondence", "synthesis" or "both".
 
         Raises:
             WeightsError: if they are missing, damaged or of another version.
         """
-        return cls(load_predictor(path, device=device), batch_size)
+        return cls(load_predictor(path, device=device), batch_size, refinement)
 
     @property
     def device(self) -> str:
@@ -254,26 +283,45 @@ class PoseEstimator:
         gravity_camera: Array | None = None,
     ) -> list[PoseEstimate]:
         """The pose each of several objects would have in this frame, the frame being encoded once."""
+        query = self.look(frame, gravity_camera)
+        return [self.refine(query, registered, self.match(query, registered, prior)) for registered in objects]
+
+    # The three steps of an estimate, for callers that decide between objects before the dearest one.
+
+    def look(self, frame: Frame, gravity_camera: Array | None = None) -> Query:
+        """Crop and encode a frame; ``gravity_camera`` as in ``estimate``."""
         gravity = checked_gravity(gravity_camera)
         crop = virtual_crop(frame, self.predictor.crop_size, gravity)
-        latent = self.encode([crop])[0]
         gravity_virtual = None if gravity is None else crop.R_virtual_camera @ gravity
-        estimates = []
-        for registered in objects:
-            used = resolve(prior, registered.gravity_known, gravity is not None)
-            distribution, similarity = registered.distribution(latent, crop, gravity_virtual, used)
-            estimates.append(
-                pose_estimate(
-                    registered.object_id,
-                    registered.reference,
-                    crop,
-                    distribution,
-                    similarity,
-                    used,
-                    frame.touches_border,
-                )
-            )
-        return estimates
+        return Query(frame, crop, self.encode([crop])[0], gravity_virtual)
+
+    def match(self, query: Query, registered: RegisteredObject, prior: Prior | None = None) -> PoseEstimate:
+        """The pose that the templates give; ``prior`` as in ``estimate``."""
+        used = resolve(prior, registered.gravity_known, query.gravity_virtual is not None)
+        distribution, similarity = registered.distribution(query, used)
+        return pose_estimate(
+            registered.object_id,
+            registered.reference,
+            query.crop,
+            distribution,
+            similarity,
+            used,
+            query.frame.touches_border,
+        )
+
+    def refine(
+        self,
+        query: Query,
+        registered: RegisteredObject,
+        estimate: PoseEstimate,
+        refinement: Refinement | None = None,
+    ) -> PoseEstimate:
+        """The same pose, finer; ``refinement`` in place of the estimator's own, if it is given."""
+        for step in steps(refinement or self.refinement):
+            refined = self._refiner(step).refine(query, registered, estimate)
+            if refined is not None:
+                estimate = moved(estimate, refined, registered.reference)
+        return estimate
 
     def encode(self, crops: Sequence[Crop]) -> Tensor:
         """Latents (B, D) of crops."""

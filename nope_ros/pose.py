@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nope_ros.crop import Crop
-from nope_ros.distribution import Ambiguity, RotationDistribution
+from nope_ros.distribution import CONFIDENCE_RADIUS, Ambiguity, Mode, RotationDistribution
 from nope_ros.frame import Frame, InputError
 from nope_ros.prior import Prior
 
 Array = NDArray[np.float64]
+Stage = Literal["template", "affine", "offsets", "synthesis"]
+"""What a pose comes from: the mean of the templates around the best one, or the refiner that moved it last."""
 
 # Standard deviations: how far the enclosing circle of an outline misleads about the object when it is seen from
 # elsewhere, relative to the circle's radius. They grow with the rotation.
@@ -45,10 +49,11 @@ class PoseEstimate:
         covariance: (6, 6): x, y, z, then the rotation vector of R R̂ᵀ, about the camera's fixed axes.
         distribution: over delta_R.
         orientations: (N, 3, 3) R_camera_object for each rotation of the distribution.
-        modes: most probable first.
+        modes: most probable first; refined as the pose is.
         similarity: cosine of the query's latent and the best template.
         prior: what was assumed of gravity.
         truncated: whether the mask reaches the image border.
+        stage: what the pose comes from. The distribution is always that of the templates.
     """
 
     object_id: str
@@ -63,11 +68,12 @@ class PoseEstimate:
     similarity: float
     prior: Prior
     truncated: bool
+    stage: Stage = "template"
 
     @property
     def confidence(self) -> float:
-        """Probability that the rotation is within 30° of the mode."""
-        return self.distribution.confidence
+        """Probability that the rotation is within 30° of the pose's."""
+        return self.distribution.mass_within(self.delta_R, CONFIDENCE_RADIUS)
 
     @property
     def ambiguity(self) -> Ambiguity:
@@ -186,14 +192,7 @@ def pose_estimate(
     """
     axis = crop.R_virtual_camera[2]
     distance = projective_distance(reference, crop)
-    centre = distance * axis
-    modes = []
-    for mode in distribution.modes:
-        R = mode.R @ reference.R_camera_object
-        modes.append(PoseMode(R, centre + R @ reference.offset_object, mode.probability))
     delta_R = distribution.mode.R
-    best = modes[0]
-
     # How far the outline may mislead: not at all when nothing turned, fully beyond 60°. In-plane rotation does not
     # change an outline, so only the turn of the viewing direction counts.
     turn = np.arccos(np.clip((crop.R_virtual_camera @ delta_R @ crop.R_virtual_camera.T)[2, 2], -1, 1))
@@ -202,27 +201,65 @@ def pose_estimate(
     outline = _OUTLINE_SIGMA / max(radius_px, 1.0)
     sigma_distance = distance * np.hypot(_SIZE_SIGMA * share, outline)
     sigma_centre = distance * crop.angular_radius * np.hypot(_CENTRE_SIGMA * share, outline)
-    covariance = np.zeros((6, 6))
     along = np.outer(axis, axis)
-    covariance[:3, :3] = sigma_distance**2 * along + sigma_centre**2 * (np.eye(3) - along)
-    covariance[3:, 3:] = distribution.covariance
-    # An origin away from the circle's centre moves when the rotation errs: δt = ω × (R o) = −[R o]ₓ ω.
-    x, y, z = best.R_camera_object @ reference.offset_object
-    lever = -np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
-    covariance[:3, 3:] = lever @ covariance[3:, 3:]
-    covariance[3:, :3] = covariance[:3, 3:].T
-    covariance[:3, :3] += lever @ covariance[3:, 3:] @ lever.T
+    placed = place(
+        reference,
+        distribution.modes,
+        distance * axis,
+        sigma_distance**2 * along + sigma_centre**2 * (np.eye(3) - along),
+        distribution.covariance,
+    )
     return PoseEstimate(
         object_id=object_id,
-        R_camera_object=best.R_camera_object,
-        t_camera_object=best.t_camera_object,
+        R_camera_object=placed.modes[0].R_camera_object,
+        t_camera_object=placed.modes[0].t_camera_object,
         metric=reference.metric,
         delta_R=delta_R,
-        covariance=covariance,
+        covariance=placed.covariance,
         distribution=distribution,
         orientations=distribution.rotations @ reference.R_camera_object,
-        modes=tuple(modes),
+        modes=placed.modes,
         similarity=similarity,
         prior=prior,
         truncated=truncated,
     )
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Poses of the object frame, best first, and the covariance (6, 6) of the first."""
+
+    modes: tuple[PoseMode, ...]
+    covariance: Array
+
+
+def place(
+    reference: ReferencePose, modes: Sequence[Mode], centre: Array, centre_covariance: Array, rotation_covariance: Array
+) -> Placed:
+    """From rotations and where the object's centre is to poses of the object frame.
+
+    Args:
+        reference: the object at registration.
+        modes: rotations delta_R, best first.
+        centre: (3,) of the circle around the object, camera axes; moves with the object as a rigid point of it.
+        centre_covariance: (3, 3), independent of the rotation's.
+        rotation_covariance: (3, 3) of log(R R̂ᵀ), rad², camera axes.
+    """
+    poses = []
+    for mode in modes:
+        R = mode.R @ reference.R_camera_object
+        poses.append(PoseMode(R, centre + R @ reference.offset_object, mode.probability))
+    covariance = np.zeros((6, 6))
+    covariance[:3, :3] = centre_covariance
+    covariance[3:, 3:] = rotation_covariance
+    lever = lever_arm(poses[0].R_camera_object @ reference.offset_object)
+    covariance[:3, 3:] = lever @ rotation_covariance
+    covariance[3:, :3] = covariance[:3, 3:].T
+    covariance[:3, :3] += lever @ rotation_covariance @ lever.T
+    return Placed(tuple(poses), covariance)
+
+
+def lever_arm(arm: Array) -> Array:
+    """How an origin at ``arm`` (3,) from the centre moves when the rotation errs: δt = ω × arm = −[arm]ₓ ω; (3, 3)."""
+    x, y, z = arm
+    return -np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])

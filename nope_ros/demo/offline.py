@@ -26,6 +26,7 @@ from nope_ros.estimator import PoseEstimator
 from nope_ros.frame import Frame, InputError
 from nope_ros.pose import PoseEstimate
 from nope_ros.prior import PRIORS
+from nope_ros.refine import REFINEMENTS
 
 
 def as_json(moment: Moment, estimate: PoseEstimate) -> dict[str, Any]:
@@ -44,6 +45,7 @@ def as_json(moment: Moment, estimate: PoseEstimate) -> dict[str, Any]:
         ],
         "similarity": estimate.similarity,
         "prior": estimate.prior,
+        "stage": estimate.stage,
     }
 
 
@@ -57,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--prior", choices=PRIORS, help="what to assume; free keeps gravity back; default: by gravity")
     parser.add_argument("--weights", help="folder of weights; the packaged ones if it is left out")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (%(default)s)")
+    parser.add_argument("--refinement", default="none", choices=REFINEMENTS, help="after the templates (%(default)s)")
     parser.add_argument("--frames", type=int, help="at most this many, spread over the sequence")
     parser.add_argument("--reference", type=int, default=0, help="which frame to register (%(default)s)")
     parser.add_argument("--reference-distance", type=float, help="metres from the camera to the object in that frame")
@@ -71,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(given: argparse.Namespace, console: Console) -> int:
     recording = open_recording(given.data, reference=given.reference, limit=given.frames)
-    estimator = PoseEstimator.from_pretrained(given.weights, device=given.device)
+    estimator = PoseEstimator.from_pretrained(given.weights, device=given.device, refinement=given.refinement)
     registered, reference = None, None
     poses: list[dict[str, Any]] = []
     scores: list[FrameScore] = []

@@ -41,6 +41,7 @@ from nope_ros.evaluation.protocol import (
 )
 from nope_ros.frame import Frame, InputError
 from nope_ros.prior import PRIORS, Prior
+from nope_ros.refine import REFINEMENTS, Refinement
 
 Array = NDArray[np.float64]
 
@@ -102,6 +103,7 @@ class Report:
         kind: of the test set.
         source: of the test set.
         model: name of the predictor.
+        refinement: what followed the templates.
         seeds: of everything that was drawn.
         occlusion: share of the queries' boxes that was hidden.
         scores: every pair under every protocol by every method.
@@ -115,6 +117,7 @@ class Report:
     occlusion: float
     scores: tuple[PairScore, ...]
     skipped: tuple[str, ...] = ()
+    refinement: Refinement = "none"
 
     @property
     def protocols(self) -> dict[Prior, dict[str, MethodReport]]:
@@ -146,6 +149,7 @@ class Report:
             "set": self.kind,
             "source": self.source,
             "predictor": self.model,
+            "refinement": self.refinement,
             "seeds": list(self.seeds),
             "occlusion": self.occlusion,
             "skipped": list(self.skipped),
@@ -167,7 +171,8 @@ class Report:
             objects: add a row for each object.
         """
         hidden = f", {self.occlusion:.0%} of the box hidden" if self.occlusion else ""
-        table = Table(title=f"{self.kind}: {self.model}{hidden}", title_justify="left")
+        refined = "" if self.refinement == "none" else f", refinement {self.refinement}"
+        table = Table(title=f"{self.kind}: {self.model}{refined}{hidden}", title_justify="left")
         for column in ("protocol", "pairs of", "method"):
             table.add_column(column)
         for column in _COLUMNS:
@@ -215,6 +220,7 @@ def evaluate_set(
     seed: int = 0,
     occlusion: float = 0.0,
     model: str = "",
+    refinement: Refinement = "none",
     progress: bool = False,
 ) -> Report:
     """Run methods over a test set.
@@ -226,6 +232,7 @@ def evaluate_set(
         seed: draws what is hidden.
         occlusion: share of each query's box that is hidden.
         model: name for the report.
+        refinement: for the report.
         progress: show a bar with time left.
     """
     occluder = Occluder(occlusion, seed)
@@ -245,6 +252,7 @@ def evaluate_set(
         kind=evaluation_set.kind,
         source=evaluation_set.source,
         model=model,
+        refinement=refinement,
         seeds=(seed,),
         occlusion=occlusion,
         scores=tuple(scores),
@@ -474,6 +482,7 @@ def _evaluated(
         seed=seed,
         occlusion=occlusion,
         model=estimator.model_name,
+        refinement=estimator.refinement,
         progress=progress,
     )
 
@@ -499,6 +508,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )
         kind.add_argument("--predictor", help="folder of weights; the packaged ones by default")
         kind.add_argument("--device", default="auto", help="auto, cpu, cuda (%(default)s)")
+        kind.add_argument("--refinement", default="none", choices=REFINEMENTS, help="after the templates (%(default)s)")
         kind.add_argument("--pairs", type=int, help="most pairs of an object")
         kind.add_argument(
             "--seed", type=int, action="append", help="may be given several times: all pairs count then (0)"
@@ -558,7 +568,7 @@ def run(args: argparse.Namespace, progress: bool = True) -> tuple[Report, Evalua
     if args.pairs is not None and args.pairs < 1:
         raise InputError(f"--pairs: {args.pairs} is not positive")
     sets = _sets(args, protocols)
-    estimator = PoseEstimator.from_pretrained(args.predictor, device=args.device)
+    estimator = PoseEstimator.from_pretrained(args.predictor, device=args.device, refinement=args.refinement)
     reports = [
         evaluate_set(
             found,
@@ -567,6 +577,7 @@ def run(args: argparse.Namespace, progress: bool = True) -> tuple[Report, Evalua
             seed=seed,
             occlusion=args.occlusion,
             model=estimator.model_name,
+            refinement=estimator.refinement,
             progress=progress,
         )
         for seed, found in sets

@@ -1,0 +1,136 @@
+"""Between distribution and message: poses finer than the grid they were found on.
+
+A refiner takes an estimate and returns a better one of the same object in the same image, or None where it has nothing
+to add. Two systems join here, each usable alone (``Refinement``); with "both", synthesis starts from what
+correspondence found. What depends on an object's frame (origin, lever arm) is kept out of refiners: they work with
+delta_R and the object's centre, and ``moved`` turns these into a pose.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nope_ros.crop import Crop
+from nope_ros.distribution import Mode
+from nope_ros.frame import Frame, InputError
+from nope_ros.latent import Predictor
+from nope_ros.pose import PoseEstimate, ReferencePose, Stage, lever_arm, place
+
+if TYPE_CHECKING:
+    from nope_ros.estimator import RegisteredObject
+
+Array = NDArray[np.float64]
+Refinement = Literal["none", "correspondence", "synthesis", "both"]
+
+
+@dataclass(frozen=True)
+class Query:
+    """One image of an object, looked at once for all registered objects and refiners.
+
+    Attributes:
+        frame: image, mask, camera, and depth if there is any.
+        crop: the object as its virtual camera sees it.
+        latent: (D,) of the crop.
+        gravity_virtual: (3,) gravity in the crop's virtual camera, or None if it is not known.
+    """
+
+    frame: Frame
+    crop: Crop
+    latent: Tensor
+    gravity_virtual: Array | None
+
+
+@dataclass(frozen=True)
+class Refined:
+    """What a refiner found.
+
+    Attributes:
+        stage: which part of it has the last word.
+        modes: rotations delta_R (egocentric: from the reference's real camera axes to the query's), the pose first.
+        rotation_covariance: (3, 3) of log(R R̂ᵀ) about the first mode, rad², camera axes.
+        centre: (3,) of the object in camera axes, in the pose's unit of length: the point of the object that the middle
+            of the reference's crop shows at the reference's distance. None: as it was.
+        centre_covariance: (3, 3) of it, without what the rotation adds to the origin of the object frame. None: as it
+            was.
+    """
+
+    stage: Stage
+    modes: tuple[Mode, ...]
+    rotation_covariance: Array
+    centre: Array | None = None
+    centre_covariance: Array | None = None
+
+
+class Refiner(Protocol):
+    """Something that makes a pose finer."""
+
+    def refine(self, query: Query, registered: RegisteredObject, estimate: PoseEstimate) -> Refined | None:
+        """A finer pose, or None if the estimate should be left alone.
+
+        What ``estimate.prior`` excludes stays excluded: with "standing" only a turn about gravity is free, with
+        "upright" none about the viewing direction.
+
+        Args:
+            query: the image; crop and latent are those the estimate was made from.
+            registered: the object; its reference's latent, crop and virtual camera.
+            estimate: from the templates, or from the refiner before this one.
+        """
+        ...
+
+
+Step = Literal["correspondence", "synthesis"]
+
+
+def steps(refinement: Refinement) -> tuple[Step, ...]:
+    """What a refinement consists of, in order.
+
+    Raises:
+        InputError: if it is unknown.
+    """
+    if refinement not in _STEPS:
+        raise InputError(f"refinement '{refinement}' is unknown; known: {', '.join(REFINEMENTS)}")
+    return _STEPS[refinement]
+
+
+_STEPS: dict[Refinement, tuple[Step, ...]] = {
+    "none": (),
+    "correspondence": ("correspondence",),
+    "synthesis": ("synthesis",),
+    "both": ("correspondence", "synthesis"),
+}
+REFINEMENTS: tuple[Refinement, ...] = tuple(_STEPS)
+
+
+def load_refiner(step: Step, predictor: Predictor) -> Refiner:
+    """Make a refiner ready, for estimates by this predictor and on its device.
+
+    Raises:
+        InputError: if it cannot be had with this predictor, or its weights cannot be used.
+    """
+    raise InputError(f"refinement '{step}' is not there yet; use 'none'")
+
+
+def moved(estimate: PoseEstimate, refined: Refined, reference: ReferencePose) -> PoseEstimate:
+    """The estimate with a refiner's pose in place of its own; the distribution stays."""
+    # What the refiner left alone is taken back out of the pose: origin to centre, and the lever out of the covariance.
+    arm = estimate.R_camera_object @ reference.offset_object
+    centre = estimate.t_camera_object - arm if refined.centre is None else refined.centre
+    centre_covariance = refined.centre_covariance
+    if centre_covariance is None:
+        lever = lever_arm(arm)
+        centre_covariance = estimate.covariance[:3, :3] - lever @ estimate.covariance[3:, 3:] @ lever.T
+    placed = place(reference, refined.modes, centre, centre_covariance, refined.rotation_covariance)
+    return replace(
+        estimate,
+        R_camera_object=placed.modes[0].R_camera_object,
+        t_camera_object=placed.modes[0].t_camera_object,
+        delta_R=refined.modes[0].R,
+        covariance=placed.covariance,
+        modes=placed.modes,
+        stage=refined.stage,
+    )
