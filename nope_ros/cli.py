@@ -51,6 +51,12 @@ def _evaluate(words: Words) -> int:
     return evaluate.main(parser.parse_args(words))
 
 
+def _benchmark(words: Words) -> int:
+    from nope_ros.evaluation import benchmark
+
+    return benchmark.main(words)
+
+
 def _render(words: Words) -> int:
     from nope_ros.training import render_cache
 
@@ -103,6 +109,7 @@ COMMANDS = (
     Command("play", _play, "a recorded sequence as ROS topics (needs ROS)"),
     Command("estimate", _estimate, "poses in a folder of images, as a library does it"),
     Command("evaluate", _evaluate, "figures on photographs, meshes, procedural objects or BOP"),
+    Command("benchmark", _benchmark, "times of ours and of the paper's way, side by side"),
     Command("render", _render, "training images of meshes and procedural objects"),
     Command("train", _train, "learn weights from rendered images"),
     Command("reference", _reference, "the node's topics and parameters (needs ROS)"),

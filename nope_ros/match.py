@@ -126,7 +126,7 @@ class HarmonicBank:
         latent = latent.float().reshape(predictor.latent_shape)
         bandwidth = predictor.network.config.bandwidth
         if rotations is free_rotations():
-            return cls(rotations, latent, _free_turns(bandwidth, latent.device))
+            return cls(rotations, latent, free_turns(bandwidth, latent.device))
         return cls(rotations, latent, _turns(rotations, bandwidth, latent.device))
 
     def match(self, latent: Tensor, temperature: float) -> Match:
@@ -142,5 +142,6 @@ def _turns(rotations: Array, bandwidth: int, device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=4)
-def _free_turns(bandwidth: int, device: torch.device) -> Tensor:
+def free_turns(bandwidth: int, device: torch.device) -> Tensor:
+    """The flattened D (N, Σ(2l+1)²) of the free grid: the same for every object, and kept."""
     return _turns(free_rotations(), bandwidth, device)
