@@ -19,7 +19,10 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from nope_ros.training.augment import AugmentationConfig, training_view
+from nope_ros.crop import roll_of_gravity
+from nope_ros.rotations import exp
+from nope_ros.training.augment import AugmentationConfig, View, training_view
+from nope_ros.training.likelihood import PairPrior
 
 
 class DataConfig(BaseModel):
@@ -41,10 +44,15 @@ class DataConfig(BaseModel):
 
 @dataclass(frozen=True)
 class Batch:
-    """Views (O, V, 4, S, S) uint8 with rotations R_virtual_object (O, V, 3, 3) float32."""
+    """Views (O, V, 4, S, S) uint8 with rotations R_virtual_object (O, V, 3, 3) float32; whose roll was removed (O,)."""
 
     crops: Tensor
     R_virtual_object: Tensor
+    upright: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on another device."""
+        return Batch(self.crops.to(device), self.R_virtual_object.to(device), self.upright.to(device))
 
 
 class RenderCache:
@@ -105,12 +113,13 @@ class PairDataset(IterableDataset[Batch]):
         """One batch from one generator."""
         count = self.config.objects_per_batch
         chosen = rng.choice(len(self.probability), count, replace=False, p=self.probability)
-        views = [self._views(index, rng) for index in chosen]
+        upright = rng.random(count) < self.config.upright_share
+        views = [self._views(index, bool(level), rng) for index, level in zip(chosen, upright, strict=True)]
         crops = np.stack([[view.crop for view in row] for row in views])
         rotations = np.stack([[view.R_virtual_object for view in row] for row in views])
-        return Batch(torch.from_numpy(crops), torch.from_numpy(rotations).float())
+        return Batch(torch.from_numpy(crops), torch.from_numpy(rotations).float(), torch.from_numpy(upright))
 
-    def _views(self, index: int, rng: np.random.Generator):  # type: ignore[no-untyped-def]
+    def _drawn(self, index: int, rng: np.random.Generator) -> NDArray[np.intp]:
         config, cache = self.config, self.cache
         candidates = cache.views[index]
         first = rng.integers(len(candidates))
@@ -119,7 +128,10 @@ class PairDataset(IterableDataset[Batch]):
         weight = np.where(near, config.near_share / near.sum(), (1 - config.near_share) / max((~near).sum(), 1))
         weight[first] = 0
         rest = rng.choice(len(candidates), config.views_per_object - 1, replace=False, p=weight / weight.sum())
-        upright = rng.random() < config.upright_share
+        return candidates[[first, *rest]]
+
+    def _views(self, index: int, upright: bool, rng: np.random.Generator) -> list[View]:
+        cache = self.cache
         return [
             training_view(
                 np.asarray(cache.images[view]),
@@ -130,5 +142,29 @@ class PairDataset(IterableDataset[Batch]):
                 config=self.augmentation,
                 rng=rng,
             )
-            for view in candidates[[first, *rest]]
+            for view in self._drawn(index, rng)
         ]
+
+    def priors(self, rng: np.random.Generator, objects: int = 2000) -> tuple[PairPrior, PairPrior]:
+        """How pairs are drawn, against uniform directions and against independent upright views."""
+        rows = rng.choice(len(self.probability), objects, p=self.probability)
+        directions = np.stack([self.cache.directions[self._drawn(index, rng)] for index in rows])
+        first, second = np.triu_indices(directions.shape[1], 1)
+        together = np.sum(directions[:, first] * directions[:, second], axis=-1).ravel()
+        angle = rng.uniform(-np.pi, np.pi, together.shape)
+        a, b = (directions.reshape(-1, 3)[rng.integers(directions.size // 3, size=together.size)] for _ in range(2))
+        flat = np.linalg.norm(a[:, :2], axis=1) * np.linalg.norm(b[:, :2], axis=1)
+        apart = a[:, 2] * b[:, 2] + flat * np.cos(angle)
+        return PairPrior.of(together, rng.uniform(-1, 1, together.size)), PairPrior.of(together, apart)
+
+    def upright_views(self, rng: np.random.Generator, count: int) -> NDArray[np.float64]:
+        """Orientations (count, 3, 3) of views as upright objects have them in a batch."""
+        noise = np.radians(self.augmentation.gravity_noise_deg) if self.augmentation else 0.0
+        views: list[NDArray[np.float64]] = []
+        while len(views) < count:
+            R = self.cache.R[rng.integers(len(self.cache.R))]
+            roll = roll_of_gravity(np.eye(3), -R[:, 2])
+            if roll is None:
+                roll = float(rng.uniform(-np.pi, np.pi))
+            views.append(exp(np.array([0.0, 0.0, roll + noise * rng.normal()])) @ R)
+        return np.stack(views)

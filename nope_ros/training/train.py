@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 import json
 import time
+from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -25,7 +28,7 @@ from torch.utils.data import DataLoader
 from nope_ros.latent import RotatedLatentPredictor, WeightsError, crops_to_tensor, load_predictor
 from nope_ros.models.rotated_latent import RotatedLatentConfig, RotatedLatentNetwork
 from nope_ros.training.augment import AugmentationConfig
-from nope_ros.training.likelihood import Candidates, candidates, pose_loss
+from nope_ros.training.likelihood import Candidates, candidates, pose_loss, upright_loss
 from nope_ros.training.muon import Muon
 from nope_ros.training.pairs import Batch, DataConfig, PairDataset
 
@@ -47,6 +50,7 @@ class TrainingConfig(BaseModel):
     ema_decay: float = 0.998
     sigma_deg: float = 5.0
     candidate_sets: int = 8
+    upright_candidates: int = 3000
     validate_minutes: float = 10
     validation_batches: int = 12
     workers: int = 1
@@ -77,21 +81,51 @@ def _pairs(views: int) -> tuple[Tensor, Tensor]:
     return first, second
 
 
+@dataclass(frozen=True)
+class PairLogits:
+    """Pairs of views: loss (P,), logits (P, N) of the candidates, R_virtual_object (P, 3, 3) of both views."""
+
+    loss: Tensor
+    logits: Tensor
+    R_query: Tensor
+    R_reference: Tensor
+
+    @classmethod
+    def none(cls, device: torch.device) -> PairLogits:
+        """No pairs."""
+        return cls(*(torch.zeros(shape, device=device) for shape in ((0,), (0, 1), (0, 3, 3), (0, 3, 3))))
+
+    @property
+    def within_90(self) -> NDArray[np.bool_]:
+        """(P,) whether the viewing directions are less than 90° apart."""
+        return ((self.R_query[:, 2] * self.R_reference[:, 2]).sum(1) > 0).cpu().numpy()
+
+
 def batch_loss(
     model: nn.Module, scale: Tensor, batch: Batch, samples: Candidates, identity_weight: float = 0.05
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean loss of all pairs of a batch; the logits (P, N) and rotations (P, 3, 3) of the pairs."""
+) -> tuple[Tensor, PairLogits, PairLogits]:
+    """Mean loss of all pairs of a batch; the rolled and the upright ones."""
     objects, views = batch.crops.shape[:2]
     pixels = crops_to_tensor(batch.crops.flatten(0, 1)).contiguous(memory_format=torch.channels_last)
     latents = model(pixels).float().unflatten(0, (objects, views))
     first, second = _pairs(views)
-    reference, query = latents[:, first].flatten(0, 1), latents[:, second].flatten(0, 1)
-    R_reference, R_query = (
-        batch.R_virtual_object[:, first].flatten(0, 1),
-        batch.R_virtual_object[:, second].flatten(0, 1),
-    )
-    delta_R = R_query @ R_reference.mT
-    loss, logits = pose_loss(query, reference, delta_R, scale, samples)
+    R = batch.R_virtual_object
+    rolled, upright = ~batch.upright, batch.upright
+    both_first, both_second = torch.cat([first, second]), torch.cat([second, first])
+    # A rolled pair read backwards has the same candidates; an upright one has others.
+    free = PairLogits.none(R.device)
+    if rolled.any():
+        query, reference = latents[rolled][:, second].flatten(0, 1), latents[rolled][:, first].flatten(0, 1)
+        R_query, R_reference = R[rolled][:, second].flatten(0, 1), R[rolled][:, first].flatten(0, 1)
+        loss, logits = pose_loss(query, reference, R_query @ R_reference.mT, scale, samples)
+        free = PairLogits(loss, logits, R_query, R_reference)
+    level = PairLogits.none(R.device)
+    if upright.any():
+        query, reference = latents[upright][:, both_second].flatten(0, 1), latents[upright][:, both_first].flatten(0, 1)
+        R_query, R_reference = R[upright][:, both_second].flatten(0, 1), R[upright][:, both_first].flatten(0, 1)
+        loss, logits = upright_loss(query, reference, R_query, R_reference, scale, samples)
+        level = PairLogits(loss, logits, R_query, R_reference)
+    pose = (free.loss.sum() + 0.5 * level.loss.sum()) / (len(free.loss) + 0.5 * len(level.loss))
     # Degree 0 does not turn, so the pose says nothing about it: it learns which object this is.
     embedding = nn.functional.normalize(latents[:, :, 0].flatten(0, 1), dim=-1)
     label = torch.arange(objects).repeat_interleave(views).to(embedding.device)
@@ -100,36 +134,37 @@ def batch_loss(
     others = ~torch.eye(len(label), dtype=torch.bool, device=embedding.device)
     log_share = similarity - torch.logsumexp(similarity.masked_fill(~others, -1e4), dim=1, keepdim=True)
     identity = -(log_share * (same & others)).sum(1) / (same & others).sum(1)
-    return loss.mean() + identity_weight * identity.mean(), logits, delta_R
+    return pose + identity_weight * identity.mean(), free, level
 
 
 @torch.inference_mode()
 def validate(model: nn.Module, scale: Tensor, batches: list[Batch], samples: Candidates) -> dict[str, float]:
-    """Loss and accuracy on held-out objects: each pair against a grid over all rotations (no prior)."""
+    """Loss and accuracy on held-out objects: rolled pairs against all rotations, upright ones against upright views."""
     model.eval()
-    losses, errors, overlap = [], [], []
-    angle_of = None
+    losses, rows = [], defaultdict(list)
+    angle_of = samples_angle(samples)
     for batch in batches:
-        loss, logits, _ = batch_loss(model, scale, batch, samples, identity_weight=0.0)
-        if angle_of is None:
-            # Candidate 0.. are rotations left-multiplied to the truth; their angle is the error of choosing them.
-            angle_of = samples_angle(samples)
-        errors.append(angle_of[logits.argmax(1).cpu().numpy()])
-        losses.append(loss.item())
-        z = torch.eye(3)[2]
-        first, second = _pairs(batch.crops.shape[1])
-        R = batch.R_virtual_object
-        cosine = torch.einsum("opij,opij->op", (R[:, first] * z[:, None]), (R[:, second] * z[:, None]))
-        overlap.append((cosine > 0).flatten().cpu().numpy())
+        _, free, level = batch_loss(model, scale, batch, samples, identity_weight=0.0)
+        if len(free.loss):
+            losses.append(free.loss)
+            # Candidates are left-multiplied to the truth; their angle is the error of choosing them.
+            rows["free"].append((angle_of[free.logits.argmax(1).cpu().numpy()], free.within_90))
+        if len(level.loss):
+            losses.append(level.loss)
+            chosen = samples.views[level.logits.argmax(1)]
+            cosine = ((chosen * level.R_query).sum((1, 2)) - 1) / 2
+            rows["upright"].append((np.arccos(np.clip(cosine.cpu().numpy(), -1, 1)), level.within_90))
     model.train()
-    error, near = np.degrees(np.concatenate(errors)), np.concatenate(overlap)
-    return {
-        "loss": float(np.mean(losses)),
-        "acc30": float((error < 30).mean() * 100),
-        "median_deg": float(np.median(error)),
-        "acc30_within_90": float((error[near] < 30).mean() * 100),
-        "median_deg_within_90": float(np.median(error[near])),
-    }
+    report = {"loss": float(torch.cat(losses).mean())}
+    for name, parts in rows.items():
+        error = np.degrees(np.concatenate([error for error, _ in parts]))
+        near = np.concatenate([near for _, near in parts])
+        report |= {
+            f"{name}_acc30": float((error < 30).mean() * 100),
+            f"{name}_acc30_within_90": float((error[near] < 30).mean() * 100),
+            f"{name}_median_deg_within_90": float(np.median(error[near])),
+        }
+    return report
 
 
 def samples_angle(samples: Candidates) -> np.ndarray:
@@ -183,9 +218,19 @@ def train(config_path: Path, out: Path, overrides: dict[str, object] | None = No
     )
     held_out = PairDataset(config.data, config.augmentation, network_config.crop_size, config.seed, validation=True)
     validation = [held_out.batch(np.random.default_rng((1, n))) for n in range(config.validation_batches)]
-    sets = [candidates(network_config.bandwidth, config.sigma_deg, seed) for seed in range(config.candidate_sets)]
+    rng = np.random.default_rng((config.seed, 2))
+    priors = dataset.priors(rng)
+    sets = [
+        candidates(
+            network_config.bandwidth,
+            config.sigma_deg,
+            seed,
+            dataset.upright_views(rng, config.upright_candidates),
+            *priors,
+        ).to(accelerator.device)
+        for seed in range(config.candidate_sets)
+    ]
     learner, optimizer = accelerator.prepare(learner, optimizer)
-    sets = [Candidates(*(getattr(s, f).to(accelerator.device) for f in ("D", "log_weight", "target"))) for s in sets]
 
     budget, last = config.budget_minutes * 60, time.monotonic()
     next_validation = spent + config.validate_minutes * 60
@@ -196,7 +241,7 @@ def train(config_path: Path, out: Path, overrides: dict[str, object] | None = No
         rate = config.learning_rate * min(1.0, (step + 1) / config.warmup_steps) * 0.5 * (1 + np.cos(np.pi * share))
         for group in optimizer.param_groups:
             group["lr"] = max(rate, 1e-6)
-        batch = Batch(batch.crops.to(accelerator.device), batch.R_virtual_object.to(accelerator.device))
+        batch = batch.to(accelerator.device)
         bare = accelerator.unwrap_model(learner)
         with accelerator.autocast():
             loss, _, _ = batch_loss(learner, bare.log_scale.exp(), batch, sets[step % len(sets)])
@@ -272,8 +317,8 @@ def plot(folder: Path) -> None:
     left.plot([row["minutes"] for row in held_out], [row["val_loss"] for row in held_out], "o-", label="held out")
     left.set(xlabel="minutes", ylabel="nats against knowing nothing", title="negative log-likelihood")
     left.legend()
-    right.plot([row["minutes"] for row in held_out], [row["val_acc30_within_90"] for row in held_out], "o-")
-    right.set(xlabel="minutes", ylabel="%", title="held out, any rotation, within 90°: Acc30", ylim=(0, 100))
+    right.plot([row["minutes"] for row in held_out], [row["val_upright_acc30_within_90"] for row in held_out], "o-")
+    right.set(xlabel="minutes", ylabel="%", title="held out, upright, within 90°: Acc30", ylim=(0, 100))
     figure.savefig(folder / "loss.png", dpi=100)
 
 
