@@ -5,6 +5,7 @@
 Written to `--out`:
 
 * `images.npy`   (N, size, size, 4) uint8: sRGB not multiplied by coverage (black where that is 0), and coverage 0..255.
+* `depth.npy`    with `--depth`: (N, size, size) float16, z less the object centre's z; NaN where there is no object.
 * `views.npz`    per view: `object_index` (N,), `R_camera_object` (N, 3, 3), `t_camera_object` (N, 3), `K` (N, 3, 3);
                  per object: `first_view`, `view_count`, `asymmetry` (NaN where unknown), `procedural` (bool), and
                  `names` (json, one string).
@@ -67,6 +68,8 @@ class Settings:
     """Share of views with elevation uniform in 0..`highest`; the others look from uniform directions on the sphere."""
     highest: float = 75.0
     supersampling: int = 2
+    depth: bool = False
+    """Keep a depth image of every view: half as large as its colours."""
 
 
 @dataclass(frozen=True)
@@ -215,8 +218,8 @@ def random_lighting(rng: Generator, R_camera_object: NDArray[np.float64], finish
     )
 
 
-def object_views(source: Source, settings: Settings) -> Iterator[tuple[NDArray[np.uint8], Pose]]:
-    """Yields (image (size, size, 4), (R, t, K)) of every view of one object."""
+def object_views(source: Source, settings: Settings) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.float16], Pose]]:
+    """Yields (image (size, size, 4), depth (size, size) as in depth.npy, (R, t, K)) of every view of one object."""
     rng = np.random.default_rng([settings.seed, zlib.crc32(source.name.encode())])
     mesh = source.load()
     finish = random_finish(rng)
@@ -238,7 +241,8 @@ def object_views(source: Source, settings: Settings) -> Iterator[tuple[NDArray[n
             lighting = replace(rig, directions=directions, up=tuple(R[:, 2]))
         size = settings.size
         view = render(mesh, R, t, K, size, size, lighting=lighting, supersampling=settings.supersampling)
-        yield np.dstack([view.rgb, view.coverage]), (R, t, K)
+        depth = np.where(view.depth > 0, view.depth - np.float32(t[2]), np.float32(np.nan)).astype(np.float16)
+        yield np.dstack([view.rgb, view.coverage]), depth, (R, t, K)
 
 
 def _part_path(out: Path, chunk: int) -> Path:
@@ -248,12 +252,17 @@ def _part_path(out: Path, chunk: int) -> Path:
 def _render_chunk(out: str, chunk: int, sources: list[Source], settings: Settings) -> int:
     """Renders some objects into their rows of images.npy; their views go to a part file, written last."""
     images = np.load(Path(out) / "images.npy", mmap_mode="r+")
+    depths = np.load(Path(out) / "depth.npy", mmap_mode="r+") if settings.depth else None
     poses = []
     for source in sources:
-        for i, (image, pose) in enumerate(object_views(source, settings)):
+        for i, (image, depth, pose) in enumerate(object_views(source, settings)):
             images[source.first_view + i] = image
+            if depths is not None:
+                depths[source.first_view + i] = depth
             poses.append(pose)
     images.flush()
+    if depths is not None:
+        depths.flush()
     R, t, K = (np.asarray(values, np.float32) for values in zip(*poses, strict=True))
     path = _part_path(Path(out), chunk)
     unfinished = path.with_name(f"unfinished_{path.name}")
@@ -277,6 +286,8 @@ def build_cache(out: Path, settings: Settings, workers: int) -> None:
         raise SystemExit(f"{out} holds a cache of other settings; give another --out or delete it")
     if not (out / "images.npy").exists():
         np.lib.format.open_memmap(out / "images.npy", mode="w+", dtype=np.uint8, shape=shape).flush()
+    if settings.depth and not (out / "depth.npy").exists():
+        np.lib.format.open_memmap(out / "depth.npy", mode="w+", dtype=np.float16, shape=shape[:3]).flush()
     plan_path.write_text(json.dumps(plan, indent=1))
     (out / "parts").mkdir(exist_ok=True)
     chunks = [sources[i : i + CHUNK] for i in range(0, len(sources), CHUNK)]
@@ -349,10 +360,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--mesh-views", type=int, default=64, help="of each mesh (%(default)s)")
     parser.add_argument("--size", type=int, default=128, help="side of an image in pixels (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    parser.add_argument("--depth", action="store_true", help="keep depth too: correspondences are learned from it")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (%(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="folder of the cache")
     given = parser.parse_args(arguments)
-    settings = Settings(given.meshes, given.procedural, given.views, given.mesh_views, given.size, given.seed)
+    settings = Settings(
+        given.meshes, given.procedural, given.views, given.mesh_views, given.size, given.seed, depth=given.depth
+    )
     build_cache(given.out, settings, given.workers)
 
 
