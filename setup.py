@@ -35,6 +35,7 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
+        "mesh": ["numba>=0.60", "trimesh>=4.0"],
         "train": ["accelerate>=1.0", "numba>=0.60", "trimesh>=4.0"],
         "dev": ["hypothesis>=6.100", "mypy>=1.10", "pytest>=8", "pytest-timeout>=2.3", "ruff>=0.6", "types-PyYAML"],
     },

@@ -120,6 +120,30 @@ def look_through(
     return cv2.warpPerspective(image, homography, (size, size), flags=interpolation)
 
 
+def depth_through(depth: NDArray[np.floating], K: Array, camera: VirtualCamera | Crop, cells: int) -> Array:
+    """Depth along a virtual camera's axis at the centres of its crop's cells (cells, cells); NaN where there is none.
+
+    Args:
+        depth: (H, W) along the real camera's axis, NaN where unknown; the nearest pixel counts.
+        K: (3, 3) of the real camera.
+        camera: the virtual one.
+        cells: to a side of the crop.
+    """
+    middle = camera.K_virtual[0, 2]
+    stride = (2 * middle + 1) / cells
+    along = (np.arange(cells) + 0.5) * stride - 0.5
+    v, u = np.meshgrid(along, along, indexing="ij")
+    rays = np.stack([u, v, np.ones_like(u)], axis=-1) @ (camera.R_virtual_camera.T @ np.linalg.inv(camera.K_virtual)).T
+    rays /= rays[..., 2:]
+    pixels = np.round(rays @ K.T).astype(int)
+    x, y = pixels[..., 0], pixels[..., 1]
+    height, width = depth.shape
+    inside = (x >= 0) & (y >= 0) & (x < width) & (y < height)
+    z = np.where(inside, depth[y.clip(0, height - 1), x.clip(0, width - 1)], np.nan)
+    found: Array = (rays @ camera.R_virtual_camera[2]) * z
+    return found
+
+
 def virtual_crop(frame: Frame, size: int, gravity_camera: Array | None = None) -> Crop:
     """Look at the frame's object.
 

@@ -18,6 +18,7 @@ from nope_ros.distribution import RotationDistribution
 from nope_ros.frame import Camera, Frame, InputError
 from nope_ros.latent import Predictor, load_predictor
 from nope_ros.match import Bank, predict_bank
+from nope_ros.mesh import Progress, RenderedViews, read_mesh, render_views, view_rotations
 from nope_ros.pose import PoseEstimate, ReferencePose, pose_estimate
 from nope_ros.prior import Prior, free_rotations, hypotheses, resolve, upright_rotations
 from nope_ros.refine import Query, Refinement, Refiner, Step, load_refiner, moved, steps
@@ -37,7 +38,9 @@ class RegisteredObject:
         R_virtual_camera: (3, 3) of the reference crop.
         gravity_virtual: (3,) gravity in the reference's virtual camera, or None if it was not known.
         thumbnail: (S, S, 3) uint8 RGB, the reference crop.
+        mask: (S, S) uint8, of the reference crop.
         batch_size: templates predicted at a time.
+        rendered: renders of the object's mesh, the reference among them, which take the place of predictions; or None.
     """
 
     object_id: str
@@ -47,7 +50,9 @@ class RegisteredObject:
     R_virtual_camera: Array
     gravity_virtual: Array | None
     thumbnail: NDArray[np.uint8]
+    mask: NDArray[np.uint8]
     batch_size: int = 1024
+    rendered: RenderedViews | None = None
 
     @property
     def gravity_known(self) -> bool:
@@ -62,15 +67,32 @@ class RegisteredObject:
     @cached_property
     def free_bank(self) -> Bank:
         """Templates for any rotation; predicted when first asked for, as an object with gravity may never need them."""
-        return predict_bank(self.predictor, self.latent, free_rotations(), self.batch_size)
+        return self._bank(free_rotations())
 
     @cached_property
     def upright_bank(self) -> Bank:
         """Templates for the viewpoints of an object that keeps its up axis."""
         if self.gravity_virtual is None:
             raise InputError(f"object '{self.object_id}' was registered without gravity")
-        rotations = upright_rotations(self.gravity_virtual)
+        return self._bank(upright_rotations(self.gravity_virtual))
+
+    def _bank(self, rotations: Array) -> Bank:
+        if self.rendered is not None:
+            return self.rendered.bank(self.predictor, rotations, self.R_virtual_camera @ self.reference.R_camera_object)
         return predict_bank(self.predictor, self.latent, rotations, self.batch_size)
+
+    def reference_at(self, delta_R: Array, R_virtual_camera: Array) -> ReferencePose:
+        """The reference for a query that sees the object turned by ``delta_R`` (3, 3), camera axes.
+
+        With a mesh its size and centre are known from every side; from one image, from that side only.
+
+        Args:
+            delta_R: from the reference.
+            R_virtual_camera: (3, 3) of the query's crop.
+        """
+        if self.rendered is None:
+            return self.reference
+        return self.rendered.reference_at(R_virtual_camera @ delta_R @ self.reference.R_camera_object, self.reference)
 
     @property
     def template_count(self) -> int:
@@ -85,7 +107,7 @@ class RegisteredObject:
         elif prior == "upright":
             bank = self.upright_bank
         else:  # few, and other ones for each query's gravity
-            bank = predict_bank(self.predictor, self.latent, possible.rotations, self.batch_size)
+            bank = self._bank(possible.rotations)
         match = bank.match(query.latent, self.predictor.temperature)
         seen = RotationDistribution.from_log_likelihood(
             possible.rotations, match.log_likelihood, possible.log_weight, possible.spacing
@@ -239,9 +261,55 @@ class PoseEstimator:
             R_virtual_camera=crop.R_virtual_camera,
             gravity_virtual=None if gravity is None else crop.R_virtual_camera @ gravity,
             thumbnail=crop.image,
+            mask=crop.mask,
             batch_size=self.batch_size,
         )
         _ = registered.template_count  # predicts the bank that queries will ask for first
+        self._last = registered
+        return registered
+
+    def register_mesh(
+        self,
+        path: str | Path,
+        *,
+        object_id: str = "object",
+        object_diameter: float | None = None,
+        gravity_object: Array | None = None,
+        progress: Progress | None = None,
+    ) -> RegisteredObject:
+        """Register an object from a mesh of it: templates are renders, and poses are of the mesh's frame, metric.
+
+        Args:
+            path: a file that trimesh reads, in metres.
+            object_id: its name.
+            object_diameter: metres; the mesh is scaled to it.
+            gravity_object: (3,) direction of gravity (down) in the mesh's frame as the object stands; allows the priors
+                that need it.
+            progress: called with the number of views done and their total.
+
+        Raises:
+            InputError: naming what is wrong with the file, or with a length.
+        """
+        gravity = checked_gravity(gravity_object)
+        mesh = read_mesh(path, object_diameter=object_diameter)
+        rotations = view_rotations(None if gravity is None else -gravity)
+        views = render_views(mesh, rotations, self.predictor.crop_size, self.encode, progress)
+        # The first view is the reference; its virtual camera is taken for the real one.
+        distance, offset = float(views.distance[0]), views.offset_object[0]
+        origin = np.array([0.0, 0.0, distance]) + views.R[0] @ offset
+        registered = RegisteredObject(
+            object_id=object_id,
+            predictor=self.predictor,
+            latent=views.latents[0],
+            reference=ReferencePose(views.R[0], origin, distance, float(views.angular_radius[0]), offset, metric=True),
+            R_virtual_camera=np.eye(3),
+            gravity_virtual=None if gravity is None else views.R[0] @ gravity,
+            thumbnail=np.ascontiguousarray(views.crops[0, ..., :3]),
+            mask=np.ascontiguousarray(views.crops[0, ..., 3]),
+            batch_size=self.batch_size,
+            rendered=views,
+        )
+        _ = registered.template_count
         self._last = registered
         return registered
 
@@ -301,7 +369,7 @@ class PoseEstimator:
         distribution, similarity = registered.distribution(query, used)
         return pose_estimate(
             registered.object_id,
-            registered.reference,
+            registered.reference_at(distribution.mode.R, query.crop.R_virtual_camera),
             query.crop,
             distribution,
             similarity,
@@ -320,7 +388,8 @@ class PoseEstimator:
         for step in steps(refinement or self.refinement):
             refined = self._refiner(step).refine(query, registered, estimate)
             if refined is not None:
-                estimate = moved(estimate, refined, registered.reference)
+                reference = registered.reference_at(estimate.delta_R, query.crop.R_virtual_camera)
+                estimate = moved(estimate, refined, reference)
         return estimate
 
     def encode(self, crops: Sequence[Crop]) -> Tensor:

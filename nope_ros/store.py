@@ -1,7 +1,7 @@
 """Registered objects on disk: what is needed to predict their templates again, one file each, written atomically.
 
 A template bank is tens of megabytes and takes a fraction of a second to predict, a reference latent is a few kilobytes:
-only the latter is kept.
+only the latter is kept. Of a mesh its renders are kept, some ten megabytes: the file need not stay where it was.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +21,13 @@ from safetensors.torch import save
 from nope_ros.estimator import RegisteredObject
 from nope_ros.frame import InputError
 from nope_ros.latent import Predictor
+from nope_ros.mesh import RenderedViews
 from nope_ros.pose import ReferencePose
 
 _FORMAT_VERSION = "1"
 _SUFFIX = ".object.safetensors"
 _SAFE_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,62}")
-# An object takes kilobytes; a larger file is not one of ours and is not read into memory.
+# An object takes kilobytes, with a mesh ten megabytes; a larger file is not one of ours and is not read into memory.
 _LARGEST_FILE = 64 * 2**20
 
 
@@ -91,7 +92,10 @@ class ObjectStore:
             "t_camera_object": torch.from_numpy(reference.t_camera_object.copy()),
             "offset_object": torch.from_numpy(reference.offset_object.copy()),
             "thumbnail": torch.from_numpy(registered.thumbnail.copy()),
+            "mask": torch.from_numpy(registered.mask.copy()),
         }
+        if registered.rendered is not None:
+            tensors |= _rendered_tensors(registered.rendered)
         if registered.gravity_virtual is not None:
             tensors["gravity_virtual"] = torch.from_numpy(registered.gravity_virtual.copy())
         metadata = {
@@ -157,8 +161,10 @@ class ObjectStore:
             raise StoreError(f"storage: {path} was registered with other weights; register the object again")
         try:
             distance, angular_radius, metric = json.loads(metadata["scale"])
-            arrays = {key: value.numpy() for key, value in tensors.items() if key != "latent"}
+            arrays = {key: value.numpy() for key, value in tensors.items() if key not in ("latent", "rendered.latents")}
             thumbnail: NDArray[np.uint8] = arrays["thumbnail"]
+            # Files of before masks were kept: the crop is black outside it.
+            mask = arrays.get("mask", np.where(thumbnail.any(axis=2), np.uint8(255), np.uint8(0)))
             return RegisteredObject(
                 object_id=check_object_id(metadata["object_id"]),
                 predictor=predictor,
@@ -174,10 +180,31 @@ class ObjectStore:
                 R_virtual_camera=arrays["R_virtual_camera"],
                 gravity_virtual=arrays.get("gravity_virtual"),
                 thumbnail=thumbnail,
+                mask=mask,
                 batch_size=batch_size,
+                rendered=_rendered(arrays, tensors, predictor),
             )
         except (KeyError, ValueError) as error:
             raise StoreError(f"storage: {path} is incomplete ({error}); register the object again") from None
+
+
+def _rendered_tensors(views: RenderedViews) -> dict[str, torch.Tensor]:
+    tensors = {
+        f"rendered.{field.name}": torch.from_numpy(np.ascontiguousarray(getattr(views, field.name)))
+        for field in fields(views)
+        if field.name != "latents"
+    }
+    return tensors | {"rendered.latents": views.latents.detach().half().cpu().contiguous()}
+
+
+def _rendered(
+    arrays: dict[str, NDArray[np.generic]], tensors: dict[str, torch.Tensor], predictor: Predictor
+) -> RenderedViews | None:
+    if "rendered.latents" not in tensors:
+        return None
+    given = {key.removeprefix("rendered."): value for key, value in arrays.items() if key.startswith("rendered.")}
+    latents = tensors["rendered.latents"].float().to(predictor.device)
+    return RenderedViews(latents=latents, **given)  # type: ignore[arg-type]
 
 
 def _sync_folder(folder: Path) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import rclpy
 import torch
+import trimesh
 from builtin_interfaces.msg import Time
 from geometry_msgs.msg import Pose, Quaternion, TransformStamped, Vector3
 from lifecycle_msgs.msg import Transition
@@ -372,6 +373,7 @@ BAD_REQUESTS = {
         "quaternion has length 0",
     ),
     "pose behind": (lambda i, m: {"use_reference_pose": True}, "in front of the camera"),
+    "mesh beside an image": (lambda i, m: {"mesh_file": "mug.ply"}, "image, mask does not go with mesh_file"),
     "depth of another size": (
         lambda i, m: {"depth": image_message(np.ones((2, 2), np.uint16), "16UC1")},
         "depth: size",
@@ -387,6 +389,17 @@ def test_bad_request(node: NodeProcess, robot: Robot, case: str) -> None:
     response = robot.register(values.pop("object_id"), image, mask, **values)
     assert not response.success and words in response.message
     assert robot.objects() == []
+
+
+def test_register_a_mesh(node: NodeProcess, robot: Robot, tmp_path: Path) -> None:
+    """Of the path nothing is assumed: not that it exists, nor that it is a mesh."""
+    request = RegisterObject.Request(object_id="box", mesh_file=str(tmp_path / "box.ply"))
+    refused = robot.call(RegisterObject, "/nope/register_object", request)
+    assert not refused.success and "there is no file" in refused.message
+    trimesh.creation.box((0.1, 0.06, 0.2)).export(tmp_path / "box.ply")
+    response = robot.call(RegisterObject, "/nope/register_object", request, timeout=60.0)
+    assert response.success, response.message
+    assert robot.objects() == ["box"]
 
 
 def test_unknown_object(node: NodeProcess, robot: Robot) -> None:

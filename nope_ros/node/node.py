@@ -41,7 +41,7 @@ from nope_ros.node.complaints import Complaints
 from nope_ros.node.estimation import Result, Seen, estimate
 from nope_ros.node.gravity import Gravity, ImuGravity, ImuSample
 from nope_ros.node.pairing import Kind, Match, Pairing
-from nope_ros.node.registration import register, requested_match
+from nope_ros.node.registration import register, register_mesh, requested_match
 from nope_ros.node.statistics import Latencies, Latency, memory_megabytes, status
 from nope_ros.srv import ListObjects, RegisterObject, UnregisterObject
 from nope_ros.store import ObjectStore, StoreError, check_object_id
@@ -436,8 +436,12 @@ class NopeNode(LifecycleNode):
             raise InputError(f"object_id: '{object_id}' is registered already; set overwrite to replace it")
         settings = self._settings
         _use_threads(settings.threads)
-        match = requested_match(request, self._pairing.latest())
-        registered = register(session.estimator, request, match, self._gravity, rectified=settings.rectified)
+        if request.mesh_file:
+            self.get_logger().info(f"Rendering {request.mesh_file}: takes some seconds")
+            registered = register_mesh(session.estimator, request)
+        else:
+            match = requested_match(request, self._pairing.latest())
+            registered = register(session.estimator, request, match, self._gravity, rectified=settings.rectified)
         note = "" if registered.metric else "; its distance is unknown and is the unit of length"
         note += "" if registered.gravity_known else "; without gravity, so any orientation is possible"
         with self._registry:

@@ -65,6 +65,32 @@ def reference_frame(match: Match, instance: int, *, rectified: bool) -> Frame:
     return frame
 
 
+def register_mesh(estimator: PoseEstimator, request: RegisterObject.Request) -> RegisteredObject:
+    """Learn an object from the mesh that a request names.
+
+    Raises:
+        InputError: if the file cannot be used, or the request says what does not go with a mesh.
+    """
+    beside = {
+        "image": request.image.height > 0,
+        "mask": request.mask.height > 0,
+        "reference_distance": request.reference_distance != 0,
+        "use_reference_pose": request.use_reference_pose,
+    }
+    if any(beside.values()):
+        named = ", ".join(name for name, there in beside.items() if there)
+        raise InputError(
+            f"request: {named} does not go with mesh_file, which has its own frame and scale; leave it out"
+        )
+    down = np.array([request.gravity.x, request.gravity.y, request.gravity.z])
+    return estimator.register_mesh(
+        request.mesh_file,
+        object_id=request.object_id,
+        object_diameter=_known(request.object_diameter),
+        gravity_object=down if down.any() else None,
+    )
+
+
 def register(
     estimator: PoseEstimator, request: RegisterObject.Request, match: Match, gravity: Gravity, *, rectified: bool
 ) -> RegisteredObject:
