@@ -114,12 +114,16 @@ class RotationDistribution:
 
     @cached_property
     def covariance(self) -> Array:
-        """Second moment (3, 3) of log(R R̂ᵀ) about the mode R̂, rad², in the axes that R maps to (the camera's).
+        """``moment_about`` the mode."""
+        return self.moment_about(self.mode.R)
+
+    def moment_about(self, R: Array) -> Array:
+        """Second moment (3, 3) of log(R_k Rᵀ), rad², in the axes that R (3, 3) maps to (the camera's).
 
         Includes the variance within one cell of the grid, so that a sharp answer is not taken for an exact one.
         """
         kept = self.probabilities > 1e-8  # the rest, together, is below a hundredth of a percent
-        vectors = log(self.rotations[kept] @ self.mode.R.T)
+        vectors = log(self.rotations[kept] @ R.T)
         moment: Array = (self.probabilities[kept, None] * vectors).T @ vectors
         return moment + np.eye(3) * self.spacing**2 / 12
 

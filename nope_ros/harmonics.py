@@ -88,3 +88,23 @@ def rotate(coefficients: Tensor, D: list[Tensor]) -> Tensor:
     """Turn coefficients (N or 1, (L+1)², C) by D_l (N, 2l+1, 2l+1): (N, (L+1)², C)."""
     parts = [block @ coefficients[:, s] for block, s in zip(D, degree_slices(len(D) - 1), strict=True)]
     return torch.cat(parts, dim=1)
+
+
+@cache
+def generators(bandwidth: int) -> Tensor:
+    """What an infinitesimal turn does: D(exp(ω)) = exp(Σ ω_i J_i); (3, (L+1)², (L+1)²) float64, each J antisymmetric.
+
+    J_z mixes orders m and −m; the others are J_z between quarter turns that bring their axis to z.
+    """
+    size = (bandwidth + 1) ** 2
+    about_z = torch.zeros(size, size, dtype=torch.float64)
+    for degree, s in enumerate(degree_slices(bandwidth)):
+        orders = torch.arange(-degree, degree + 1, dtype=torch.float64)
+        about_z[s, s] = -torch.diag(orders).flip(1)
+    turns = torch.tensor(
+        [[[0.0, 0, 1], [0, 1, 0], [-1, 0, 0]], [[1, 0, 0], [0, 0, 1], [0, -1, 0]]], dtype=torch.float64
+    )  # z to x about y, and z to y about x
+    to_x, to_y = (torch.block_diag(*blocks) for blocks in zip(*wigner_d(turns, bandwidth), strict=True))
+    result = torch.stack([to_x @ about_z @ to_x.T, to_y @ about_z @ to_y.T, about_z])
+    result[result.abs() < 1e-12] = 0
+    return result

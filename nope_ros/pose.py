@@ -23,6 +23,9 @@ Stage = Literal["template", "affine", "offsets", "synthesis"]
 _SIZE_SIGMA = 0.10
 _CENTRE_SIGMA = 0.09
 _SATURATION = np.radians(60)
+# Errors have heavier tails than a Gaussian of their second moment: on held-out training objects its 90 % ellipsoid held
+# 80 to 86 % of them. Widened by this it holds 87 to 92 %, whatever the prior, refined or not.
+_TAILS = 1.3
 # Error of a mask's outline, pixels.
 _OUTLINE_SIGMA = 1.5
 
@@ -74,6 +77,12 @@ class PoseEstimate:
     def confidence(self) -> float:
         """Probability that the rotation is within 30° of the pose's."""
         return self.distribution.mass_within(self.delta_R, CONFIDENCE_RADIUS)
+
+    @property
+    def mode_rotations(self) -> Array:
+        """delta_R (M, 3, 3) of the modes."""
+        R_reference = self.delta_R.T @ self.R_camera_object
+        return np.array([mode.R_camera_object for mode in self.modes]) @ R_reference.T
 
     @property
     def ambiguity(self) -> Ambiguity:
@@ -207,7 +216,7 @@ def pose_estimate(
         distribution.modes,
         distance * axis,
         sigma_distance**2 * along + sigma_centre**2 * (np.eye(3) - along),
-        distribution.covariance,
+        rotation_covariance(distribution, distribution.mode.R),
     )
     return PoseEstimate(
         object_id=object_id,
@@ -223,6 +232,14 @@ def pose_estimate(
         prior=prior,
         truncated=truncated,
     )
+
+
+def rotation_covariance(distribution: RotationDistribution, delta_R: Array) -> Array:
+    """Covariance (3, 3) of log(R R̂ᵀ) for the answer R̂ = delta_R, rad², camera axes.
+
+    All of the distribution counts, its peak as well as what lies between its modes.
+    """
+    return _TAILS * distribution.moment_about(delta_R)
 
 
 @dataclass(frozen=True)

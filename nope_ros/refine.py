@@ -112,7 +112,11 @@ def load_refiner(step: Step, predictor: Predictor) -> Refiner:
     Raises:
         InputError: if it cannot be had with this predictor, or its weights cannot be used.
     """
-    raise InputError(f"refinement '{step}' is not there yet; use 'none'")
+    if step == "correspondence":
+        raise InputError("refinement 'correspondence' is not there yet; use 'none' or 'synthesis'")
+    from nope_ros.synthesis import SynthesisRefiner
+
+    return SynthesisRefiner()
 
 
 def moved(estimate: PoseEstimate, refined: Refined, reference: ReferencePose) -> PoseEstimate:

@@ -1,0 +1,258 @@
+"""Refinement: gradients against differences, climbs on the shipped weights, priors kept, poses put together."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.spatial.transform import Rotation
+
+from nope_ros import InputError, PoseEstimator
+from nope_ros.distribution import Mode, RotationDistribution
+from nope_ros.harmonics import generators, wigner_d
+from nope_ros.latent import PaperUNetPredictor, RotatedLatentPredictor
+from nope_ros.match import predict_bank
+from nope_ros.models.rotated_latent import RotatedLatentConfig, RotatedLatentNetwork, turned
+from nope_ros.refine import Refined, moved
+from nope_ros.rotations import exp, geodesic_distance, log, look_at
+from nope_ros.synthesis import Freedom, HarmonicObjective, PredictedObjective, climb, objective, vote
+from nope_ros.training.procedural import procedural_object
+from nope_ros.training.render import Lighting, render
+
+K = np.array([[400.0, 0, 159.5], [0, 400.0, 119.5], [0, 0, 1]])
+FREE = Freedom("free")
+
+
+def random_rotations(count, seed=0):
+    return Rotation.random(count, rng=seed).as_matrix()
+
+
+def test_generators_are_what_a_small_turn_does():
+    h = 1e-5
+    for axis, J in zip(np.eye(3), generators(8), strict=True):
+        plus, minus = (
+            torch.block_diag(*(block[0] for block in wigner_d(torch.from_numpy(exp(sign * h * axis)[None]), 8)))
+            for sign in (1, -1)
+        )
+        torch.testing.assert_close((plus - minus) / (2 * h), J, atol=1e-7, rtol=0)
+
+
+def differences(f, rotations, h):
+    """Gradient (K, 3) and curvature (K, 3, 3) of a function of rotations, by central differences."""
+    step = h * np.eye(3)
+    value = lambda omega: f(exp(omega) @ rotations).value  # noqa: E731
+    gradient = np.stack([(value(a) - value(-a)) / (2 * h) for a in step], axis=-1)
+    curvature = [
+        [(value(a + b) - value(a - b) - value(b - a) + value(-a - b)) / (4 * h * h) for b in step] for a in step
+    ]
+    return gradient, np.moveaxis(np.array(curvature), -1, 0)
+
+
+@given(st.integers(0, 2**32 - 1))
+@settings(max_examples=10, deadline=None)
+def test_gradient_and_curvature_of_the_harmonic_form(seed):
+    products = torch.from_numpy(np.random.default_rng(seed).normal(size=969))
+    f = HarmonicObjective(products, 8)
+    rotations = random_rotations(5, seed)
+    at = f(rotations)
+    gradient, curvature = differences(f, rotations, 1e-4)
+    np.testing.assert_allclose(at.gradient, gradient, atol=1e-4 * np.abs(gradient).max())
+    np.testing.assert_allclose(at.curvature, curvature, atol=1e-4 * np.abs(curvature).max())
+
+
+@pytest.fixture(scope="module")
+def small():
+    torch.manual_seed(0)
+    return RotatedLatentPredictor(
+        RotatedLatentNetwork(RotatedLatentConfig(widths=(32, 32, 32), crop_size=64)), temperature=1e-4, device="cpu"
+    )
+
+
+def test_the_harmonic_form_is_the_likelihood_of_the_bank(small):
+    rotations = random_rotations(20)
+    query, reference = 1e-2 * torch.randn(2, int(np.prod(small.latent_shape)))
+    matched = predict_bank(small, reference, rotations).match(query, small.temperature)
+    value = objective(small, query, reference)(rotations).value
+    np.testing.assert_allclose(value, matched.log_likelihood, atol=1e-4 * np.ptp(value))
+
+
+def test_differentiating_the_predictor_is_the_harmonic_form(small):
+    rotations = random_rotations(6)
+    query, reference = 1e-2 * torch.randn(2, int(np.prod(small.latent_shape)))
+    closed, predicted = objective(small, query, reference)(rotations), PredictedObjective(small, query, reference)
+    at = predicted(rotations)
+    assert at.curvature is None
+    np.testing.assert_allclose(at.gradient, closed.gradient, atol=1e-3 * np.abs(closed.gradient).max())
+    np.testing.assert_allclose(np.diff(at.value), np.diff(closed.value), atol=1e-3 * np.ptp(closed.value))
+
+
+def test_gradient_through_the_papers_network(paper):
+    query, reference = torch.randn(2, int(np.prod(paper.latent_shape)))
+    f = objective(paper, query, reference)
+    rotations = random_rotations(2)
+    at = f(rotations)
+    gradient, _ = differences(f, rotations, 1e-2)
+    np.testing.assert_allclose(at.gradient, gradient, atol=0.03 * np.abs(gradient).max())
+    found, there = climb(f, rotations, FREE, steps=4)
+    assert (there.value >= at.value).all() and (there.value > at.value).any()
+    np.testing.assert_allclose(np.linalg.det(found), 1, atol=1e-9)
+
+
+@pytest.fixture(scope="module")
+def paper():
+    from nope_ros.models.paper_unet import PaperUNet, PaperUNetConfig
+
+    torch.manual_seed(0)
+    network = PaperUNet(PaperUNetConfig(crop_size=32, vae_widths=(8, 8), unet_widths=(32, 32), context=16))
+    return PaperUNetPredictor(network, temperature=1.0, device="cpu", dtype=torch.float32)
+
+
+# --- climbs on the shipped weights ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return PoseEstimator.from_pretrained(device="cpu")
+
+
+def seen(mesh, direction):
+    R = look_at(np.array(direction))
+    view = render(mesh, R, np.array([0, 0, 8.0]), K, 320, 240, lighting=Lighting())
+    return view.rgb, view.mask, K, R @ [0, 0, -1.0]
+
+
+@pytest.fixture(scope="module")
+def pairs(shipped):
+    """Reference and query latents (D,) of eight objects that training never drew, 35° apart."""
+    found = []
+    for seed in range(900_000_001, 900_000_009):
+        mesh = procedural_object(seed).normalised()[0]
+        image, mask, _, _ = seen(mesh, [1, 0.3, 0.6])
+        registered = shipped.register(image, mask, K)
+        image, mask, _, _ = seen(mesh, [0.8, -0.3, 0.5])
+        frame_latent = shipped.register(image, mask, K).latent
+        found.append((frame_latent, registered.latent))
+    return found
+
+
+@pytest.mark.parametrize("away, share", [(5, 0.95), (10, 0.85), (20, 0.6)])
+def test_starts_near_the_truth_reach_it(shipped, pairs, away, share):
+    """The truth is known, and its basin right, where the query is what the predictor expects."""
+    rng = np.random.default_rng(away)
+    reached = []
+    for _, reference in pairs:
+        for truth in random_rotations(6, int(rng.integers(2**32))):
+            R = torch.from_numpy(truth[None]).float()
+            query = turned(reference.reshape(1, *shipped.predictor.latent_shape), R).flatten()
+            axes = rng.normal(size=(8, 3))
+            starts = exp(np.radians(away) * axes / np.linalg.norm(axes, axis=1, keepdims=True)) @ truth
+            found, _ = climb(objective(shipped.predictor, query, reference), starts, FREE)
+            reached += list(np.degrees(geodesic_distance(found, truth)) < 5)
+    assert np.mean(reached) >= share
+
+
+def test_no_climb_ends_below_its_start(shipped, pairs):
+    for query, reference in pairs:
+        f = objective(shipped.predictor, query, reference)
+        starts = random_rotations(16)
+        assert (climb(f, starts, FREE)[1].value >= f(starts).value).all()
+
+
+def test_priors_are_kept(shipped, pairs):
+    rng = np.random.default_rng(0)
+    for query, reference in pairs[:4]:
+        f = objective(shipped.predictor, query, reference)
+        down_reference, down_query = (np.array([0, np.cos(a), np.sin(a)]) for a in rng.uniform(0.1, 1.2, 2))
+        # Standing: all that take one gravity to the other.
+        first = Rotation.align_vectors(down_query[None], down_reference[None])[0].as_matrix()
+        starts = exp(rng.uniform(-3, 3, (6, 1)) * down_query) @ first
+        found, at = climb(f, starts, Freedom("standing", down_reference, down_query))
+        np.testing.assert_allclose(found @ down_reference, np.tile(down_query, (6, 1)), atol=1e-9)
+        assert (at.value > f(starts).value + 1e-3).any()
+        # Upright: up stays vertical in the image, and the camera on its side of the horizon.
+        elevation, yaw = rng.uniform(0.05, 1.3, 6), rng.uniform(-3, 3, 6)
+        viewpoints = np.stack([np.cos(elevation) * np.cos(yaw), np.cos(elevation) * np.sin(yaw), np.sin(elevation)], 1)
+        level = look_at(np.array([np.cos(0.5), 0.0, np.sin(0.5)]))
+        starts = look_at(viewpoints) @ level.T
+        found, at = climb(f, starts, Freedom("upright", level @ [0, 0, -1.0]))
+        up = found @ level[:, 2]
+        np.testing.assert_allclose(up[:, 0], 0, atol=1e-9)
+        assert (up[:, 1] < 0).all() and (up[:, 2] <= 1e-9).all()
+        assert (at.value > f(starts).value + 1e-3).any()
+
+
+def test_those_that_agree_are_one():
+    rotations = exp(np.radians([[0, 0, 0], [0, 0, 6], [0, 90, 0], [180, 0, 0]]))
+    masses, kept = vote(rotations, np.array([0.3, 0.25, 0.4, 0.05]), np.array([1.0, 2.0, 5.0, 0.0]), np.radians(10))
+    np.testing.assert_allclose(masses, [0.55, 0.4, 0.05])
+    assert kept.tolist() == [1, 2, 3]  # the higher of the two speaks for both
+
+
+# --- through the estimator ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prior", ["free", "upright", "standing"])
+def test_an_estimate_says_what_it_comes_from(shipped, prior):
+    mesh = procedural_object(900_000_003).normalised()[0]
+    image, mask, _, down = seen(mesh, [1, 0.3, 0.6])
+    registered = shipped.register(
+        image, mask, K, gravity_camera=down, R_camera_object=np.eye(3), t_camera_object=np.array([0.3, 0.1, 8.0])
+    )
+    image, mask, _, down = seen(mesh, [1, 0.1, 0.6])
+    query = shipped.look(shipped_frame(image, mask), down)
+    before = shipped.match(query, registered, prior)
+    after = shipped.refine(query, registered, before, "synthesis")
+    assert (before.stage, after.stage) == ("template", "synthesis")
+    assert shipped.refine(query, registered, before, "none") is before
+    assert after.distribution is before.distribution and after.metric
+    assert [mode.probability for mode in after.modes] == sorted((m.probability for m in after.modes), reverse=True)
+    np.testing.assert_allclose(after.R_camera_object, after.modes[0].R_camera_object)
+    np.testing.assert_allclose(after.delta_R, after.R_camera_object, atol=1e-9)  # the reference's is the identity
+    assert np.linalg.eigvalsh(after.covariance).min() > 0
+    assert np.degrees(geodesic_distance(after.delta_R, before.delta_R)) < 20
+
+
+def shipped_frame(image, mask):
+    from nope_ros import Frame
+
+    return Frame.from_arrays(image, mask, K)
+
+
+def test_an_uninformative_distribution_is_left_alone(shipped):
+    mesh = procedural_object(900_000_003).normalised()[0]
+    image, mask, _, down = seen(mesh, [1, 0.3, 0.6])
+    registered = shipped.register(image, mask, K, gravity_camera=down)
+    query = shipped.look(shipped_frame(image, mask), down)
+    found = shipped.match(query, registered, "standing")
+    flat = RotationDistribution.from_log_likelihood(
+        found.distribution.rotations, np.zeros(len(found.distribution.rotations))
+    )
+    unsure = replace(found, distribution=flat)
+    assert shipped.refine(query, registered, unsure, "synthesis") is unsure
+
+
+def test_unknown_refinements_are_refused(shipped):
+    with pytest.raises(InputError, match=r"refinement 'best' is unknown; known: none, correspondence, synthesis, both"):
+        shipped.refinement = "best"
+    assert shipped.refinement == "none"
+
+
+def test_a_refiner_speaks_of_the_centre_and_the_pose_of_the_origin(shipped):
+    mesh = procedural_object(900_000_003).normalised()[0]
+    image, mask, _, _ = seen(mesh, [1, 0.3, 0.6])
+    registered = shipped.register(image, mask, K, t_camera_object=np.array([0.3, 0.1, 8.0]))
+    before = shipped.estimate(image, mask, K, registered)
+    # Nothing new: nothing moves.
+    same = Refined("offsets", (Mode(before.delta_R, 1.0),), before.covariance[3:, 3:])
+    after = moved(before, same, registered.reference)
+    np.testing.assert_allclose(after.t_camera_object, before.t_camera_object, atol=1e-9)
+    np.testing.assert_allclose(after.covariance, before.covariance, atol=1e-9)
+    # Another centre and rotation: the origin keeps its place in the object.
+    R, centre = exp(np.array([0.1, 0.2, -0.3])) @ before.delta_R, np.array([0.0, 1.0, 9.0])
+    after = moved(before, Refined("affine", (Mode(R, 1.0),), np.eye(3), centre, np.eye(3)), registered.reference)
+    np.testing.assert_allclose(after.delta_R, R)
+    in_object = after.R_camera_object.T @ (after.t_camera_object - centre)
+    np.testing.assert_allclose(in_object, registered.reference.offset_object, atol=1e-9)
+    assert np.linalg.norm(log(after.delta_R @ before.delta_R.T)) == pytest.approx(np.sqrt(0.14))
