@@ -75,7 +75,7 @@ class HarmonicObjective:
     """See the module.
 
     Args:
-        products: (Σ(2l+1)²,) ``correlation`` over temperature, float64 on the CPU: too little work for any other device.
+        products: (Σ(2l+1)²,) ``correlation`` over temperature; float64, on the CPU: there is too little work for more.
         bandwidth: L.
     """
 
