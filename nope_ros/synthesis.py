@@ -244,17 +244,37 @@ class SynthesisRefiner:
         """See ``Refiner``. An uninformative distribution is left alone: any peak of it is noise."""
         if estimate.ambiguity == Ambiguity.UNINFORMATIVE:
             return None
-        likelihood = objective(registered.predictor, query.latent, registered.latent)
-        freedom = Freedom(estimate.prior, registered.gravity_virtual, query.gravity_virtual)
         # Egocentric to allocentric, as latents are, and back at the end.
         left, right = query.crop.R_virtual_camera, registered.R_virtual_camera.T
-        starts = left @ (estimate.mode_rotations @ right)
+        rotations = left @ (estimate.mode_rotations @ right)
         masses = np.array([mode.probability for mode in estimate.modes])
-        rotations, at = climb(likelihood, starts, freedom, steps=self.steps)
-        masses, kept = vote(rotations, masses, at.value, self.agreement)
+        values = np.empty(len(rotations))
+        for members, latent, R_view_reference in _views(registered, rotations):
+            down = registered.gravity_virtual
+            freedom = Freedom(estimate.prior, None if down is None else R_view_reference @ down, query.gravity_virtual)
+            likelihood = objective(registered.predictor, query.latent, latent)
+            climbed, at = climb(likelihood, rotations[members] @ R_view_reference.T, freedom, steps=self.steps)
+            rotations[members], values[members] = climbed @ R_view_reference, at.value
+        masses, kept = vote(rotations, masses, values, self.agreement)
         found = left.T @ rotations[kept] @ right.T
         modes = tuple(Mode(R, float(mass)) for R, mass in zip(found, masses, strict=True))
         return Refined("synthesis", modes, rotation_covariance(estimate.distribution, found[0]))
+
+
+def _views(registered: RegisteredObject, rotations: Array) -> list[tuple[NDArray[np.intp], Tensor, Array]]:
+    """Which view is turned to rotations (K, 3, 3): indices, its latent, its rotation (3, 3) from the reference."""
+    if registered.rendered is None:
+        return [(np.arange(len(rotations)), registered.latent, np.eye(3))]
+    R_reference = registered.R_virtual_camera @ registered.reference.R_camera_object
+    nearest = registered.rendered.nearest(rotations @ R_reference)
+    return [
+        (
+            np.flatnonzero(nearest == view),
+            registered.rendered.latents[view],
+            registered.rendered.R[view] @ R_reference.T,
+        )
+        for view in np.unique(nearest)
+    ]
 
 
 def vote(rotations: Array, masses: Array, values: Array, agreement: float) -> tuple[Array, NDArray[np.intp]]:

@@ -256,3 +256,22 @@ def test_a_refiner_speaks_of_the_centre_and_the_pose_of_the_origin(shipped):
     in_object = after.R_camera_object.T @ (after.t_camera_object - centre)
     np.testing.assert_allclose(in_object, registered.reference.offset_object, atol=1e-9)
     assert np.linalg.norm(log(after.delta_R @ before.delta_R.T)) == pytest.approx(np.sqrt(0.14))
+
+
+def test_renders_of_a_mesh_are_turned_as_the_reference_is(shipped, tmp_path):
+    import trimesh
+
+    box = trimesh.creation.box((0.1, 0.06, 0.04))
+    box.visual.face_colors = np.random.default_rng(0).integers(0, 255, (len(box.faces), 4))
+    box.export(tmp_path / "box.glb")
+    registered = shipped.register_mesh(tmp_path / "box.glb", object_id="box")
+    image, mask, _, _ = seen(procedural_object(900_000_003).normalised()[0], [1, 0.3, 0.6])
+    # A query that looks just like one of the renders, and a mode beside it.
+    query = replace(shipped.look(shipped_frame(image, mask)), latent=registered.rendered.latents[40])
+    truth = query.crop.R_virtual_camera.T @ registered.rendered.R[40]
+    found = shipped.match(query, registered)
+    beside = replace(found.modes[0], R_camera_object=exp(np.radians([3.0, -4, 5])) @ truth)
+    delta_R = beside.R_camera_object @ registered.reference.R_camera_object.T
+    start = replace(found, R_camera_object=beside.R_camera_object, delta_R=delta_R, modes=(beside,))
+    after = shipped.refine(query, registered, start, "synthesis")
+    assert np.degrees(geodesic_distance(after.R_camera_object, truth)) < 0.5
