@@ -78,6 +78,17 @@ def test_objects_without_gravity_get_what_they_can(estimator: PoseEstimator, obj
     assert priors(result) == {"level": "free", "free": "free"}
 
 
+def test_what_was_chosen_is_refined(
+    estimator: PoseEstimator, objects: list[RegisteredObject], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image, mask = scene()
+    monkeypatch.setattr(estimator.predictor, "temperature", 1e-6)  # sure of itself, as a trained one is
+    result, said = run(estimator, objects[:1], match(image, mask), Gravity(vector=DOWN), refinement="synthesis")
+    assert [one.estimate.stage for one in result.seen] == ["synthesis"] and not said
+    result, _ = run(estimator, objects[:1], match(image, mask), Gravity(vector=DOWN))
+    assert [one.estimate.stage for one in result.seen] == ["template"]
+
+
 def test_small_instances_are_left_out_aloud(estimator: PoseEstimator, objects: list[RegisteredObject]) -> None:
     ids = np.zeros((HEIGHT, WIDTH), np.uint16)
     ids[80:150, 60:120], ids[10:14, 10:14] = 5, 6

@@ -19,6 +19,7 @@ from nope_ros.node.pairing import Match
 from nope_ros.node.parameters import Settings
 from nope_ros.pose import PoseEstimate
 from nope_ros.prior import Prior
+from nope_ros.refine import Query
 
 Array = NDArray[np.float64]
 Complain = Callable[[object], None]
@@ -109,13 +110,15 @@ def estimate(
     if not objects or not frames:
         return Result(header, whole.image, whole.camera, ())
     down = gravity_at(gravity, header.frame_id, match.stamp, complain)
-    table = [estimates_of(frame, objects, estimator, settings, down, complain) for frame in frames]
+    queries = [estimator.look(frame, down) for frame in frames]
+    table = [matches_of(query, objects, estimator, settings, complain) for query in queries]
     similarity = np.array([[one.similarity for one in row] for row in table])
-    seen = tuple(
-        Seen(instances[row], frames[row].mask, objects[column], table[row][column])
-        for row, column in assign(similarity, settings.similarity_threshold)
-    )
-    return Result(header, whole.image, whole.camera, seen)
+    seen = []
+    for row, column in assign(similarity, settings.similarity_threshold):
+        # Only what an instance was taken for is refined.
+        pose = refined(queries[row], objects[column], table[row][column], estimator, settings, complain)
+        seen.append(Seen(instances[row], frames[row].mask, objects[column], pose))
+    return Result(header, whole.image, whole.camera, tuple(seen))
 
 
 def gravity_at(gravity: Gravity, frame_id: str, stamp: int, complain: Complain) -> Array | None:
@@ -127,27 +130,40 @@ def gravity_at(gravity: Gravity, frame_id: str, stamp: int, complain: Complain) 
         return None
 
 
-def estimates_of(
-    frame: Frame,
+def matches_of(
+    query: Query,
     objects: Sequence[RegisteredObject],
     estimator: PoseEstimator,
     settings: Settings,
-    down: Array | None,
     complain: Complain,
 ) -> list[PoseEstimate]:
-    """A pose for each object, as if it were the one in the frame; 'free' for those that the prior can't be used for."""
-    if settings.prior == "auto":
-        return estimator.estimate_frame(frame, objects, gravity_camera=down)
-    usable = {one.object_id: _usable(settings.prior, one, down is not None) for one in objects}
-    for object_id, prior in usable.items():
-        if prior != settings.prior:
-            complain(f"prior: '{settings.prior}' needs gravity, which is not known for '{object_id}'; using '{prior}'")
-    found: dict[str, PoseEstimate] = {}
-    for prior in set(usable.values()):
-        group = [one for one in objects if usable[one.object_id] == prior]
-        for one in estimator.estimate_frame(frame, group, prior=prior, gravity_camera=down):
-            found[one.object_id] = one
-    return [found[one.object_id] for one in objects]
+    """A pose for each object, as if it were the one in the query; 'free' where the prior can't be used."""
+    found = []
+    for one in objects:
+        prior: Prior | None = None
+        if settings.prior != "auto":
+            wanted = settings.prior
+            prior = _usable(wanted, one, query.gravity_virtual is not None)
+            if prior != wanted:
+                complain(f"prior: '{wanted}' needs gravity, which is not known for '{one.object_id}'; using '{prior}'")
+        found.append(estimator.match(query, one, prior))
+    return found
+
+
+def refined(
+    query: Query,
+    registered: RegisteredObject,
+    estimate: PoseEstimate,
+    estimator: PoseEstimator,
+    settings: Settings,
+    complain: Complain,
+) -> PoseEstimate:
+    """The estimate as the parameter ``refinement`` wants it, or as it is, after a complaint, where that can't be had."""
+    try:
+        return estimator.refine(query, registered, estimate, settings.refinement)
+    except InputError as error:
+        complain(f"refinement: {error}; going on without")
+        return estimate
 
 
 def _usable(prior: Prior, registered: RegisteredObject, gravity_known: bool) -> Prior:

@@ -16,6 +16,7 @@ from rclpy.node import Node
 from rclpy.parameter import Parameter
 
 from nope_ros.prior import PRIORS
+from nope_ros.refine import REFINEMENTS, Refinement
 
 Value = bool | int | float | str | tuple[float, ...]
 Change = Literal["any time", "while inactive", "at start"]
@@ -175,6 +176,12 @@ class Settings:
         "What to assume of the orientation. free: nothing. upright: the object keeps its up axis. standing: also, "
         "gravity is known in every image. auto: standing where gravity is known, else free.",
         choices=("auto", *PRIORS),
+    )
+    refinement: Refinement = _parameter(  # noqa: RUF009  (it makes a dataclass field)
+        "none",
+        "What follows the templates, for poses finer than their grid. none: nothing. correspondence: matched image "
+        "points. synthesis: a climb on the likelihood. both: one after the other.",
+        choices=REFINEMENTS,
     )
     confidence_threshold: float = _parameter(
         0.5,
