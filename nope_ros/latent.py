@@ -421,7 +421,7 @@ class PaperUNetPredictor(NetworkPredictor):
         from nope_ros.models.paper_unet import PaperUNet, PaperUNetConfig
 
         config = TypeAdapter(PaperUNetConfig).validate_python(known_fields(PaperUNetConfig, network_config))
-        return PaperUNet(config, vae_folder=_find_vae(config.vae, folder) if config.vae else None)
+        return PaperUNet(config, vae_folder=find_vae(config.vae, folder) if config.vae else None)
 
     @classmethod
     def _elsewhere(cls, network: nn.Module) -> tuple[str, ...]:
@@ -508,7 +508,12 @@ def find_in_hub_cache(name: str) -> Path:
         raise WeightsError(missing) from error
 
 
-def _find_vae(source: str, relative_to: Path | None) -> Path:
+def find_vae(source: str, relative_to: Path | None = None) -> Path:
+    """The folder of an autoencoder: a folder, or a name in the user's hub cache; a subfolder ``vae`` is found too.
+
+    Raises:
+        WeightsError: if there is none.
+    """
     folder = Path(source).expanduser()
     if relative_to is not None and (relative_to / folder).is_dir():
         folder = relative_to / folder

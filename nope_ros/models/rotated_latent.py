@@ -49,7 +49,7 @@ class RotatedLatentConfig:
         return asdict(self)
 
 
-class _Block(nn.Module):
+class ResidualBlock(nn.Module):
     """Two 3×3 convolutions around a skip."""
 
     def __init__(self, channels: int) -> None:
@@ -61,6 +61,7 @@ class _Block(nn.Module):
         nn.init.zeros_(self.norm2.weight)  # starts as the identity
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) → the same shape."""
         h = F.relu(self.norm1(self.conv1(x)))
         return F.relu(x + self.norm2(self.conv2(h)))
 
@@ -89,7 +90,8 @@ class _Attention(nn.Module):
         return x + self.out(mixed).transpose(1, 2).reshape(x.shape)
 
 
-def _down(channels_in: int, channels_out: int) -> nn.Sequential:
+def downsample(channels_in: int, channels_out: int) -> nn.Sequential:
+    """Half the resolution."""
     return nn.Sequential(
         nn.Conv2d(channels_in, channels_out, 3, stride=2, padding=1, bias=False),
         nn.BatchNorm2d(channels_out),
@@ -176,11 +178,13 @@ class RotatedLatentNetwork(nn.Module):
         self.config = config
         w1, w2, w3 = config.widths
         self.stem = nn.Sequential(nn.Conv2d(4, w1, 8, stride=4, padding=2, bias=False), nn.BatchNorm2d(w1), nn.ReLU())
-        self.encode1 = nn.Sequential(_Block(w1), _Block(w1))
-        self.down2, self.encode2 = _down(w1, w2), nn.Sequential(_Block(w2), _Block(w2))
-        self.down3 = _down(w2, w3)
-        self.encode3 = nn.Sequential(_Block(w3), _Block(w3), _Attention(w3, (config.crop_size // 16) ** 2), _Block(w3))
-        self.up2, self.decode2 = _Up(w3, w2, w2), _Block(w2)
+        self.encode1 = nn.Sequential(ResidualBlock(w1), ResidualBlock(w1))
+        self.down2, self.encode2 = downsample(w1, w2), nn.Sequential(ResidualBlock(w2), ResidualBlock(w2))
+        self.down3 = downsample(w2, w3)
+        self.encode3 = nn.Sequential(
+            ResidualBlock(w3), ResidualBlock(w3), _Attention(w3, (config.crop_size // 16) ** 2), ResidualBlock(w3)
+        )
+        self.up2, self.decode2 = _Up(w3, w2, w2), ResidualBlock(w2)
         self.up1 = _Up(w2, w1, w1 + w1 // 2)
         self.lift = nn.Conv2d(w1 + w1 // 2, config.depths * config.lifted_channels, 1)
         basis = _ball_basis(config.crop_size // 4, config.depths, config.bandwidth)

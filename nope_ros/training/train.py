@@ -1,4 +1,4 @@
-"""Learn the weights of the rotated latent: ``nope-ros train CONFIG``.
+"""Learn weights: ``nope-ros train CONFIG``, of any kind that ``nope_ros.training.learners`` has.
 
 Training is bounded by wall-clock time, not by steps: the learning rate follows the share of the budget that is spent,
 so that a run on a slow machine ends as well-annealed as one on a fast machine. A run resumes from its last checkpoint.
@@ -6,29 +6,34 @@ so that a run on a slow machine ends as well-annealed as one on a fast machine. 
 
 from __future__ import annotations
 
-import copy
 import json
 import time
-from collections import defaultdict
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 import yaml
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
-from nope_ros.latent import RotatedLatentPredictor, WeightsError, crops_to_tensor, load_predictor
-from nope_ros.models.rotated_latent import RotatedLatentConfig, RotatedLatentNetwork
+from nope_ros.models.rotated_latent import RotatedLatentConfig
+from nope_ros.models.rotation_regression import RotationRegressionConfig
 from nope_ros.training.augment import AugmentationConfig
-from nope_ros.training.likelihood import Candidates, candidates, pose_loss, upright_loss
+from nope_ros.training.learners import (
+    AutoencoderLearner,
+    Curves,
+    Learner,
+    PaperUNetLearner,
+    RegressionLearner,
+    RotatedLatentLearner,
+)
 from nope_ros.training.muon import Muon
 from nope_ros.training.pairs import Batch, DataConfig, PairDataset
 
@@ -38,139 +43,27 @@ class TrainingConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    kind: Literal["rotated_latent", "regression", "paper_unet"] = "rotated_latent"
     data: DataConfig
     augmentation: AugmentationConfig = AugmentationConfig()
-    network: dict[str, int | list[int]] = {}
+    network: dict[str, int | float | str | list[int]] = {}  # sizes that differ from the kind's own
     start: str = ""  # folder of weights to go on from, with a new seed; empty: from nothing
     seed: int = 0
-    budget_minutes: float = 120
+    budget_minutes: float = Field(default=120, gt=0)
+    budget_steps: int | None = Field(default=None, gt=0)  # in place of minutes, where a run has to be repeatable
     learning_rate: float = 2e-3
     warmup_steps: int = 200
     weight_decay: float = 0.05
     ema_decay: float = 0.998
-    sigma_deg: float = 5.0
-    candidate_sets: int = 8
-    upright_candidates: int = 3000
+    sigma_deg: float = 5.0  # rotated_latent: width of the target around the truth
+    candidate_sets: int = 8  # rotated_latent: sets of rotations that take turns
+    upright_candidates: int = 3000  # rotated_latent: views in each set
+    autoencoder_share: float = Field(default=0.3, gt=0, lt=1)  # paper_unet: of the budget, before the U-Net's turn
+    distance: Literal["l1", "l2"] = "l1"  # paper_unet: of latents
     validate_minutes: float = 10
     validation_batches: int = 12
     workers: int = 1
     threads: int = 1
-
-    @property
-    def network_config(self) -> RotatedLatentConfig:
-        """The network's sizes."""
-        values = {key: tuple(value) if isinstance(value, list) else value for key, value in self.network.items()}
-        return RotatedLatentConfig(**values)  # type: ignore[arg-type]
-
-
-class _Learner(nn.Module):
-    """The network and the temperature, which are learned together."""
-
-    def __init__(self, config: RotatedLatentConfig) -> None:
-        super().__init__()
-        self.network = RotatedLatentNetwork(config)
-        self.log_scale = nn.Parameter(torch.tensor(0.0))
-
-    def forward(self, crops: Tensor) -> Tensor:
-        latents: Tensor = self.network(crops)
-        return latents
-
-
-def _pairs(views: int) -> tuple[Tensor, Tensor]:
-    first, second = torch.triu_indices(views, views, offset=1)
-    return first, second
-
-
-@dataclass(frozen=True)
-class PairLogits:
-    """Pairs of views: loss (P,), logits (P, N) of the candidates, R_virtual_object (P, 3, 3) of both views."""
-
-    loss: Tensor
-    logits: Tensor
-    R_query: Tensor
-    R_reference: Tensor
-
-    @classmethod
-    def none(cls, device: torch.device) -> PairLogits:
-        """No pairs."""
-        return cls(*(torch.zeros(shape, device=device) for shape in ((0,), (0, 1), (0, 3, 3), (0, 3, 3))))
-
-    @property
-    def within_90(self) -> NDArray[np.bool_]:
-        """(P,) whether the viewing directions are less than 90° apart."""
-        return ((self.R_query[:, 2] * self.R_reference[:, 2]).sum(1) > 0).cpu().numpy()
-
-
-def batch_loss(
-    model: nn.Module, scale: Tensor, batch: Batch, samples: Candidates, identity_weight: float = 0.05
-) -> tuple[Tensor, PairLogits, PairLogits]:
-    """Mean loss of all pairs of a batch; the rolled and the upright ones."""
-    objects, views = batch.crops.shape[:2]
-    pixels = crops_to_tensor(batch.crops.flatten(0, 1)).contiguous(memory_format=torch.channels_last)
-    latents = model(pixels).float().unflatten(0, (objects, views))
-    first, second = _pairs(views)
-    R = batch.R_virtual_object
-    rolled, upright = ~batch.upright, batch.upright
-    both_first, both_second = torch.cat([first, second]), torch.cat([second, first])
-    # A rolled pair read backwards has the same candidates; an upright one has others.
-    free = PairLogits.none(R.device)
-    if rolled.any():
-        query, reference = latents[rolled][:, second].flatten(0, 1), latents[rolled][:, first].flatten(0, 1)
-        R_query, R_reference = R[rolled][:, second].flatten(0, 1), R[rolled][:, first].flatten(0, 1)
-        loss, logits = pose_loss(query, reference, R_query @ R_reference.mT, scale, samples)
-        free = PairLogits(loss, logits, R_query, R_reference)
-    level = PairLogits.none(R.device)
-    if upright.any():
-        query, reference = latents[upright][:, both_second].flatten(0, 1), latents[upright][:, both_first].flatten(0, 1)
-        R_query, R_reference = R[upright][:, both_second].flatten(0, 1), R[upright][:, both_first].flatten(0, 1)
-        loss, logits = upright_loss(query, reference, R_query, R_reference, scale, samples)
-        level = PairLogits(loss, logits, R_query, R_reference)
-    pose = (free.loss.sum() + 0.5 * level.loss.sum()) / (len(free.loss) + 0.5 * len(level.loss))
-    # Degree 0 does not turn, so the pose says nothing about it: it learns which object this is.
-    embedding = nn.functional.normalize(latents[:, :, 0].flatten(0, 1), dim=-1)
-    label = torch.arange(objects).repeat_interleave(views).to(embedding.device)
-    same = label[:, None] == label[None]
-    similarity = (embedding @ embedding.mT) / 0.1
-    others = ~torch.eye(len(label), dtype=torch.bool, device=embedding.device)
-    log_share = similarity - torch.logsumexp(similarity.masked_fill(~others, -1e4), dim=1, keepdim=True)
-    identity = -(log_share * (same & others)).sum(1) / (same & others).sum(1)
-    return pose + identity_weight * identity.mean(), free, level
-
-
-@torch.inference_mode()
-def validate(model: nn.Module, scale: Tensor, batches: list[Batch], samples: Candidates) -> dict[str, float]:
-    """Loss and accuracy on held-out objects: rolled pairs against all rotations, upright ones against upright views."""
-    model.eval()
-    losses, rows = [], defaultdict(list)
-    angle_of = samples_angle(samples)
-    for batch in batches:
-        _, free, level = batch_loss(model, scale, batch, samples, identity_weight=0.0)
-        if len(free.loss):
-            losses.append(free.loss)
-            # Candidates are left-multiplied to the truth; their angle is the error of choosing them.
-            rows["free"].append((angle_of[free.logits.argmax(1).cpu().numpy()], free.within_90))
-        if len(level.loss):
-            losses.append(level.loss)
-            chosen = samples.views[level.logits.argmax(1)]
-            cosine = ((chosen * level.R_query).sum((1, 2)) - 1) / 2
-            rows["upright"].append((np.arccos(np.clip(cosine.cpu().numpy(), -1, 1)), level.within_90))
-    model.train()
-    report = {"loss": float(torch.cat(losses).mean())}
-    for name, parts in rows.items():
-        error = np.degrees(np.concatenate([error for error, _ in parts]))
-        near = np.concatenate([near for _, near in parts])
-        report |= {
-            f"{name}_acc30": float((error < 30).mean() * 100),
-            f"{name}_acc30_within_90": float((error[near] < 30).mean() * 100),
-            f"{name}_median_deg_within_90": float(np.median(error[near])),
-        }
-    return report
-
-
-def samples_angle(samples: Candidates) -> np.ndarray:
-    """Angle (N,) of each candidate from the identity, radians: degree 1 of D is the rotation itself."""
-    trace = samples.D[:, 1:10].reshape(-1, 3, 3).diagonal(dim1=1, dim2=2).sum(1)
-    return np.arccos(np.clip((trace.numpy() - 1) / 2, -1, 1))
 
 
 def _log(folder: Path, row: dict[str, float]) -> None:
@@ -182,69 +75,104 @@ def _log(folder: Path, row: dict[str, float]) -> None:
 def train(config_path: Path, out: Path, overrides: dict[str, object] | None = None) -> None:
     """Train until the budget is spent, resuming from ``out`` if it holds a checkpoint.
 
+    The paper's form is two trainings, one after the other: of its autoencoder (in ``out/autoencoder``), which then
+    stands still, and of its U-Net.
+
     Args:
         config_path: YAML of a TrainingConfig.
-        out: folder for checkpoint, log and EMA weights.
+        out: folder for checkpoint, log, curves and EMA weights.
         overrides: values that replace the file's, such as ``budget_minutes``.
     """
     config = TrainingConfig.model_validate({**yaml.safe_load(config_path.read_text()), **(overrides or {})})
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
+    sizes = {key: tuple(value) if isinstance(value, list) else value for key, value in config.network.items()}
+    if config.kind == "rotated_latent":
+        network_config = RotatedLatentConfig(**sizes)  # type: ignore[arg-type]
+        _run(
+            RotatedLatentLearner(network_config, config.sigma_deg, config.candidate_sets, config.upright_candidates),
+            config,
+            out,
+        )
+    elif config.kind == "regression":
+        _run(RegressionLearner(RotationRegressionConfig(**sizes)), config, out)  # type: ignore[arg-type]
+    else:
+        from nope_ros.models.paper_unet import PaperUNetConfig
+
+        paper_config = PaperUNetConfig(**sizes)  # type: ignore[arg-type]
+        share, autoencoder = config.autoencoder_share, None
+        if not paper_config.vae:
+            _run(AutoencoderLearner(paper_config), config, out / "autoencoder", share)
+            autoencoder = out / "autoencoder" / WEIGHTS
+        torch.manual_seed(config.seed)  # whether or not the autoencoder was trained just now
+        learner = PaperUNetLearner(paper_config, autoencoder, config.distance)
+        _run(learner, config, out, 1 if autoencoder is None else 1 - share)
+
+
+WEIGHTS = "weights"
+"""Folder, in that of a training, of what it gives."""
+
+
+def _run(bare: Learner, config: TrainingConfig, out: Path, share_of_budget: float = 1.0) -> None:
+    """One training: of a learner, from its checkpoint in ``out`` or from nothing, to its weights there."""
     out.mkdir(parents=True, exist_ok=True)
-    accelerator = Accelerator(mixed_precision="bf16", cpu=not torch.cuda.is_available())
-    network_config = config.network_config
-    learner = _Learner(network_config)
-    learner.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs leave it out
-    matrices = [p for p in learner.parameters() if p.ndim > 1]
-    rest = [p for p in learner.parameters() if p.ndim <= 1]
+    # A part of the network may be frozen.
+    find_unused = DistributedDataParallelKwargs(find_unused_parameters=config.kind == "paper_unet")
+    accelerator = Accelerator(mixed_precision="bf16", cpu=not torch.cuda.is_available(), kwargs_handlers=[find_unused])
+    bare.to(memory_format=bare.memory_format)  # type: ignore[call-overload]  # torch's stubs leave it out
     if config.start:
-        start(Path(config.start), learner)
+        bare.start_from(Path(config.start))
+    learned = [p for p in bare.parameters() if p.requires_grad]
     optimizer = Muon(
         [
-            {"params": matrices, "matrix": True, "weight_decay": config.weight_decay},
-            {"params": rest, "matrix": False, "weight_decay": 0.0},
+            {"params": [p for p in learned if p.ndim > 1], "matrix": True, "weight_decay": config.weight_decay},
+            {"params": [p for p in learned if p.ndim <= 1], "matrix": False, "weight_decay": 0.0},
         ],
         lr=config.learning_rate,
     )
-    average = AveragedModel(learner, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)
+    # Every process draws batches of its own.
+    seed = config.seed + 1_000_003 * accelerator.process_index
+    dataset = PairDataset(config.data, config.augmentation, bare.crop_size, seed)
+    held_out = PairDataset(config.data, config.augmentation, bare.crop_size, config.seed, validation=True)
+    validation = [
+        held_out.batch(np.random.default_rng((1, number))).to(accelerator.device)
+        for number in range(config.validation_batches)
+    ]
+    bare.to(accelerator.device).prepare(dataset, validation)
+    average = AveragedModel(bare, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)
     step, spent = 0, 0.0
     checkpoint = out / "checkpoint.safetensors"
     if checkpoint.exists():
-        step, spent = _load(checkpoint, learner, average, optimizer)
-        print(f"resumed after {step} steps, {spent / 60:.1f} minutes")
-    dataset = PairDataset(config.data, config.augmentation, network_config.crop_size, config.seed, first_batch=step)
+        step, spent = _load(checkpoint, bare, average, optimizer)
+        print(f"{out}: resumed after {step} steps, {spent / 60:.1f} minutes")
+    dataset.first_batch = step
     loader = DataLoader(
         dataset, batch_size=None, num_workers=config.workers, prefetch_factor=4 if config.workers else None
     )
-    held_out = PairDataset(config.data, config.augmentation, network_config.crop_size, config.seed, validation=True)
-    validation = [held_out.batch(np.random.default_rng((1, n))) for n in range(config.validation_batches)]
-    rng = np.random.default_rng((config.seed, 2))
-    priors = dataset.priors(rng)
-    sets = [
-        candidates(
-            network_config.bandwidth,
-            config.sigma_deg,
-            seed,
-            dataset.upright_views(rng, config.upright_candidates),
-            *priors,
-        ).to(accelerator.device)
-        for seed in range(config.candidate_sets)
-    ]
-    learner, optimizer = accelerator.prepare(learner, optimizer)
+    learner, optimizer = accelerator.prepare(bare, optimizer)
 
-    budget, last = config.budget_minutes * 60, time.monotonic()
+    budget = config.budget_minutes * 60 * share_of_budget
+    budget_steps = None if config.budget_steps is None else max(1, round(config.budget_steps * share_of_budget))
+
+    def share() -> float:
+        """Of the budget that is spent, 0..1."""
+        return min(spent / budget if budget_steps is None else step / budget_steps, 1.0)
+
     next_validation = spent + config.validate_minutes * 60
     running: list[float] = []
     learner.train()
-    for batch in loader:
-        share = min(spent / budget, 1.0)
-        rate = config.learning_rate * min(1.0, (step + 1) / config.warmup_steps) * 0.5 * (1 + np.cos(np.pi * share))
+    batches = iter(loader)
+    last = time.monotonic()
+    while share() < 1:
+        batch = next(batches).to(accelerator.device)
+        annealed = 0.5 * (1 + np.cos(np.pi * share()))
+        rate = max(config.learning_rate * min(1.0, (step + 1) / config.warmup_steps) * annealed, 1e-6)
         for group in optimizer.param_groups:
-            group["lr"] = max(rate, 1e-6)
-        batch = batch.to(accelerator.device)
-        bare = accelerator.unwrap_model(learner)
+            group["lr"] = rate
+        # What is drawn in a step follows from its number, so that a resumed run draws the same.
+        torch.manual_seed(seed + 1_000_000_007 * (step + 1))
         with accelerator.autocast():
-            loss, _, _ = batch_loss(learner, bare.log_scale.exp(), batch, sets[step % len(sets)])
+            loss = learner(batch, step)
         optimizer.zero_grad(set_to_none=True)
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(learner.parameters(), 1.0)
@@ -254,59 +182,39 @@ def train(config_path: Path, out: Path, overrides: dict[str, object] | None = No
         running.append(loss.item())
         now = time.monotonic()
         spent, last = spent + now - last, now
-        if step % 20 == 0 and accelerator.is_main_process:
-            _log(
-                out,
-                {
-                    "step": step,
-                    "minutes": spent / 60,
-                    "left": (budget - spent) / 60,
-                    "loss": float(np.mean(running)),
-                    "rate": rate,
-                    "scale": bare.log_scale.exp().item(),
-                },
-            )
+        if accelerator.is_main_process and (step % 20 == 0 or share() >= 1):
+            # Time left, as far as it is time that ends the run.
+            left = (budget - spent) / 60 if budget_steps is None else spent / 60 * (1 / share() - 1)
+            row = {"step": step, "minutes": spent / 60, "left": left, "loss": float(np.mean(running)), "rate": rate}
+            _log(out, row | bare.figures())
             running.clear()
-        done = spent >= budget
-        if accelerator.is_main_process and (done or spent >= next_validation):
+        if accelerator.is_main_process and (share() >= 1 or spent >= next_validation):
             next_validation = spent + config.validate_minutes * 60
             _save(checkpoint, learner=bare, average=average, optimizer=optimizer, step=step, spent=spent)
-            with accelerator.autocast():
-                scale = average.module.get_parameter("log_scale").exp()
-                row = validate(average.module, scale, validation, sets[0])
+            row = validate(average, validation, accelerator)
             _log(out, {"step": step, "minutes": spent / 60, **{f"val_{k}": v for k, v in row.items()}})
-            plot(out)
+            plot(out, bare.curves)
             last = time.monotonic()  # validation is not training time
-        if done:
-            break
     if accelerator.is_main_process:
-        export(average, step, spent, out / "weights")
-        print(
-            f"weights: {out / 'weights'}; next: python -m nope_ros.training.calibrate {out / 'weights'} --cache CACHE"
-        )
+        finished = average.module
+        assert isinstance(finished, Learner)
+        finished.export(out / WEIGHTS, {"steps": step, "minutes": round(spent / 60, 1)})
 
 
-def start(folder: Path, learner: _Learner) -> None:
-    """Take over the weights and the temperature of a finished training; its optimiser's state is not kept."""
-    predictor = load_predictor(folder, device="cpu")
-    if not isinstance(predictor, RotatedLatentPredictor):
-        raise WeightsError(f"start: {folder} holds '{predictor.name}', not the network of this training")
-    learner.network.load_state_dict(predictor.network.state_dict())
-    learner.log_scale.data.fill_(-float(np.log(predictor.temperature)))
+@torch.inference_mode()
+def validate(average: AveragedModel, batches: list[Batch], accelerator: Accelerator) -> dict[str, float]:
+    """Figures of the averaged weights on held-out objects."""
+    learner = average.module
+    assert isinstance(learner, Learner)
+    learner.eval()
+    torch.manual_seed(0)
+    with accelerator.autocast():
+        figures = learner.validate(batches)
+    learner.train()
+    return figures
 
 
-def export(average: AveragedModel, step: int, spent: float, folder: Path) -> None:
-    """Write the averaged network as a predictor that ``load_predictor`` reads, in half precision."""
-    network = copy.deepcopy(average.module.get_submodule("network"))
-    assert isinstance(network, RotatedLatentNetwork)
-    temperature = float(torch.exp(-average.module.get_parameter("log_scale")))
-    predictor = RotatedLatentPredictor(
-        network, temperature=temperature, training={"steps": step, "minutes": round(spent / 60, 1)}, device="cpu"
-    )
-    predictor.save_pretrained(folder, dtype=torch.float16)
-
-
-def plot(folder: Path) -> None:
+def plot(folder: Path, curves: Curves) -> None:
     """Draw the log's curves into ``loss.png``."""
     rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     training = [row for row in rows if "loss" in row]
@@ -315,10 +223,11 @@ def plot(folder: Path) -> None:
     left, right = figure.subplots(1, 2)
     left.plot([row["minutes"] for row in training], [row["loss"] for row in training], label="training", linewidth=1)
     left.plot([row["minutes"] for row in held_out], [row["val_loss"] for row in held_out], "o-", label="held out")
-    left.set(xlabel="minutes", ylabel="nats against knowing nothing", title="negative log-likelihood")
+    left.set(xlabel="minutes", title=curves.loss)
     left.legend()
-    right.plot([row["minutes"] for row in held_out], [row["val_upright_acc30_within_90"] for row in held_out], "o-")
-    right.set(xlabel="minutes", ylabel="%", title="held out, upright, within 90°: Acc30", ylim=(0, 100))
+    judged = [row for row in held_out if f"val_{curves.figure}" in row]
+    right.plot([row["minutes"] for row in judged], [row[f"val_{curves.figure}"] for row in judged], "o-")
+    right.set(xlabel="minutes", title=curves.title, ylim=(0, 100 if curves.title.endswith("%") else None))
     figure.savefig(folder / "loss.png", dpi=100)
 
 
@@ -338,8 +247,6 @@ def _save(
 def _load(
     path: Path, learner: nn.Module, average: AveragedModel, optimizer: torch.optim.Optimizer
 ) -> tuple[int, float]:
-    from safetensors import safe_open
-
     tensors = load_file(path)
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
