@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -16,12 +16,13 @@ from torch import Tensor
 from nope_ros.crop import Crop, virtual_crop
 from nope_ros.distribution import RotationDistribution
 from nope_ros.frame import Camera, Frame, InputError
-from nope_ros.latent import Predictor, load_predictor
-from nope_ros.match import Bank, predict_bank
+from nope_ros.latent import Predictor, RotatedLatentPredictor, load_predictor
+from nope_ros.match import Bank, common_latents, predict_bank
 from nope_ros.mesh import Progress, RenderedViews, read_mesh, render_views, view_rotations
 from nope_ros.pose import PoseEstimate, ReferencePose, pose_estimate
 from nope_ros.prior import Prior, free_rotations, hypotheses, resolve, upright_rotations
 from nope_ros.refine import Query, Refinement, Refiner, Step, load_refiner, moved, steps
+from nope_ros.video import KEYFRAMES, Keyframes, Plan, Pose, Scale, Walk, plan_keyframes
 
 Array = NDArray[np.float64]
 
@@ -41,6 +42,8 @@ class RegisteredObject:
         mask: (S, S) uint8, of the reference crop.
         batch_size: templates predicted at a time.
         rendered: renders of the object's mesh, the reference among them, which take the place of predictions; or None.
+        keyframes: all views it was registered from, the reference first; None if that is the only one. ``latent`` is
+            then what all of them say together, as the reference would show it.
     """
 
     object_id: str
@@ -53,6 +56,7 @@ class RegisteredObject:
     mask: NDArray[np.uint8]
     batch_size: int = 1024
     rendered: RenderedViews | None = None
+    keyframes: Keyframes | None = None
 
     @property
     def gravity_known(self) -> bool:
@@ -67,19 +71,28 @@ class RegisteredObject:
     @cached_property
     def free_bank(self) -> Bank:
         """Templates for any rotation; predicted when first asked for, as an object with gravity may never need them."""
-        return self._bank(free_rotations())
+        return self.bank(free_rotations())
 
     @cached_property
     def upright_bank(self) -> Bank:
         """Templates for the viewpoints of an object that keeps its up axis."""
         if self.gravity_virtual is None:
             raise InputError(f"object '{self.object_id}' was registered without gravity")
-        return self._bank(upright_rotations(self.gravity_virtual))
+        return self.bank(upright_rotations(self.gravity_virtual))
 
-    def _bank(self, rotations: Array) -> Bank:
+    def bank(self, rotations: Array) -> Bank:
+        """What the object looks like at rotations (N, 3, 3) from the reference's virtual camera."""
         if self.rendered is not None:
             return self.rendered.bank(self.predictor, rotations, self.R_virtual_camera @ self.reference.R_camera_object)
-        return predict_bank(self.predictor, self.latent, rotations, self.batch_size)
+        if self.keyframes is None:
+            return predict_bank(self.predictor, self.latent, rotations, self.batch_size)
+        views = self.keyframes.R_virtual_object @ self.keyframes.R_virtual_object[0].T
+        return predict_bank(self.predictor, self.keyframes.latents, rotations, self.batch_size, views)
+
+    @property
+    def temperature(self) -> float:
+        """Of the likelihood: the predictor's, and more where keyframes contradict each other."""
+        return self.predictor.temperature * (1.0 if self.keyframes is None else self.keyframes.spread)
 
     def reference_at(self, delta_R: Array, R_virtual_camera: Array) -> ReferencePose:
         """The reference for a query that sees the object turned by ``delta_R`` (3, 3), camera axes.
@@ -107,8 +120,8 @@ class RegisteredObject:
         elif prior == "upright":
             bank = self.upright_bank
         else:  # few, and other ones for each query's gravity
-            bank = self._bank(possible.rotations)
-        match = bank.match(query.latent, self.predictor.temperature)
+            bank = self.bank(possible.rotations)
+        match = bank.match(query.latent, self.temperature)
         seen = RotationDistribution.from_log_likelihood(
             possible.rotations, match.log_likelihood, possible.log_weight, possible.spacing
         )
@@ -313,6 +326,89 @@ class PoseEstimator:
         self._last = registered
         return registered
 
+    def register_views(
+        self,
+        frames: Sequence[Frame],
+        *,
+        poses: Sequence[Pose] | None = None,
+        gravity_camera: Sequence[Array | None] | None = None,
+        object_id: str = "object",
+        keyframes: int = KEYFRAMES,
+    ) -> RegisteredObject:
+        """Register an object from a walk around it.
+
+        Args:
+            frames: in the order in which they were taken.
+            poses: R_camera_fixed (3, 3) and t_camera_fixed (3,), metres, of each: x_camera = R x_fixed + t, where the
+                object stands still in the fixed frame. Without them, rotations come from the images.
+            gravity_camera: (3,) direction of gravity (down) in camera axes, of each frame, or None.
+            object_id: its name.
+            keyframes: how many to keep, at most.
+
+        Raises:
+            InputError: naming what does not fit.
+        """
+        for name, given in (("poses", poses), ("gravity_camera", gravity_camera)):
+            if given is not None and len(given) != len(frames):
+                raise InputError(f"{name}: {len(given)} given for {len(frames)} frames; give one for each frame")
+        walk = Walk(self.predictor.crop_size)
+        for index, frame in enumerate(frames):
+            gravity = None if gravity_camera is None else checked_gravity(gravity_camera[index])
+            walk.add(f"frame {index}", frame, gravity_camera=gravity, pose=None if poses is None else poses[index])
+        return self.register_walk(walk, object_id=object_id, keyframes=keyframes)
+
+    def register_walk(
+        self,
+        walk: Walk,
+        *,
+        object_id: str = "object",
+        keyframes: int = KEYFRAMES,
+        poses_metric: bool = True,
+        reference_distance: float | None = None,
+        object_diameter: float | None = None,
+        report: Callable[[str], None] = lambda _: None,
+    ) -> RegisteredObject:
+        """As ``register_views``, from frames collected one by one.
+
+        Args:
+            walk: the frames.
+            object_id: its name.
+            keyframes: how many to keep, at most.
+            poses_metric: whether translations of the camera poses are metres; else one of the next two says.
+            reference_distance: metres from the camera to the object's centre in the first frame that is used.
+            object_diameter: metres.
+            report: told what is being done.
+
+        Raises:
+            InputError: naming what does not fit.
+        """
+        plan = plan_keyframes(
+            walk, self.encode, self.predictor, count=keyframes, poses_metric=poses_metric, report=report
+        )
+        reference, scale = _reference_of(plan, poses_metric, reference_distance, object_diameter)
+        chosen = replace(plan.keyframes, provenance=replace(plan.keyframes.provenance, scale=scale))
+        crop = plan.views[0].crop
+        latent = chosen.latents[0]
+        if isinstance(self.predictor, RotatedLatentPredictor):
+            views = chosen.R_virtual_object @ chosen.R_virtual_object[0].T
+            latent = common_latents(self.predictor, chosen.latents, views).mean(dim=0).flatten()
+        registered = RegisteredObject(
+            object_id=object_id,
+            predictor=self.predictor,
+            latent=latent,
+            reference=reference,
+            R_virtual_camera=crop.R_virtual_camera,
+            gravity_virtual=-chosen.R_virtual_object[0, :, 2] if plan.gravity_known else None,
+            thumbnail=crop.image,
+            mask=crop.mask,
+            batch_size=self.batch_size,
+            keyframes=chosen,
+        )
+        report("predicting templates")
+        _ = registered.template_count
+        self._last = registered
+        return registered
+
     def estimate(
         self,
         image: NDArray[np.uint8],
@@ -396,6 +492,36 @@ class PoseEstimator:
         """Latents (B, D) of crops."""
         with self._encoding, torch.inference_mode():
             return self.predictor.encode(crops)
+
+
+def _reference_of(
+    plan: Plan, poses_metric: bool, reference_distance: float | None, object_diameter: float | None
+) -> tuple[ReferencePose, Scale]:
+    """The object in the first keyframe, and what made its lengths metres."""
+    for name, value in (("reference_distance", reference_distance), ("object_diameter", object_diameter)):
+        if value is not None and not (np.isfinite(value) and value > 0):
+            raise InputError(f"{name}: {value} m is not a positive length; leave it out if it is unknown")
+    crop = plan.views[0].crop
+    axis = crop.R_virtual_camera[2]
+    t, radius = plan.t_camera_object, plan.radius
+    if t is None or radius is None:  # rotations only: as from one image, the first distance is the unit
+        t, radius = axis, crop.angular_radius
+    distance = float(axis @ t)
+    by_depth = [view.distance * view.crop.angular_radius for view in plan.views if view.distance is not None]
+    factor, scale = 1.0, plan.keyframes.provenance.scale
+    if not (plan.t_camera_object is not None and poses_metric):
+        if reference_distance is not None:
+            factor, scale = reference_distance / distance, "reference_distance"
+        elif object_diameter is not None:
+            factor, scale = object_diameter / (2 * radius), "object_diameter"
+        elif by_depth:
+            factor, scale = float(np.median(by_depth)) / radius, "depth"
+        elif plan.t_camera_object is not None:  # no metres: the first distance is the unit, as elsewhere
+            factor = 1 / distance
+    pose = ReferencePose(
+        plan.R_camera_object, factor * t, factor * distance, radius / distance, np.zeros(3), scale != "unknown"
+    )
+    return pose, scale
 
 
 def checked_gravity(gravity_camera: Array | None) -> Array | None:

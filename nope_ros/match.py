@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nope_ros.harmonics import wigner_d
+from nope_ros.harmonics import rotate, wigner_d
 from nope_ros.latent import Predictor, RotatedLatentPredictor
 from nope_ros.models.rotated_latent import correlation, flatten_d
 from nope_ros.prior import free_rotations
@@ -49,11 +49,43 @@ class Bank(Protocol):
         ...
 
 
-def predict_bank(predictor: Predictor, latent: Tensor, rotations: Array, batch_size: int = 1024) -> Bank:
-    """What a reference latent (D,) is predicted to be at rotations (N, 3, 3), in the form that matches fastest."""
+def predict_bank(
+    predictor: Predictor, latent: Tensor, rotations: Array, batch_size: int = 1024, views: Array | None = None
+) -> Bank:
+    """What an object is predicted to look like at rotations (N, 3, 3), in the form that matches fastest.
+
+    Args:
+        predictor: of the latents.
+        latent: (D,) of the reference; or (K, D) of several views of the object, the reference first.
+        rotations: (N, 3, 3), from the reference's virtual camera to the query's.
+        batch_size: templates predicted at a time.
+        views: (K, 3, 3), from the reference's virtual camera to each view's; of several views only.
+    """
+    if views is not None:
+        if isinstance(predictor, RotatedLatentPredictor):
+            return ViewsBank.of(predictor, latent, rotations, views)
+        return TemplateBank.predict_nearest(predictor, latent, rotations, views, batch_size)
     if isinstance(predictor, RotatedLatentPredictor):
         return HarmonicBank.of(predictor, latent, rotations)
     return TemplateBank.predict(predictor, latent, rotations, batch_size)
+
+
+_CONCENTRATION = 16.0
+"""Of the weights over viewing directions: a view 30° away counts an eighth of one that looked from just there."""
+
+
+def view_weights(rotations: Array, views: Array) -> Array:
+    """How much each view knows of what rotations show: (N, K), each row summing to one.
+
+    Args:
+        rotations: (N, 3, 3), from the reference's virtual camera to the query's.
+        views: (K, 3, 3), from the reference's virtual camera to each view's.
+    """
+    # The last rows are the cameras' optical axes in the reference's axes; turning about them shows nothing new.
+    cosine = rotations[:, 2] @ views[:, 2].T
+    weights = np.exp(_CONCENTRATION * (cosine - cosine.max(axis=1, keepdims=True)))
+    normalised: Array = weights / weights.sum(axis=1, keepdims=True)
+    return normalised
 
 
 @dataclass(frozen=True)
@@ -82,6 +114,27 @@ class TemplateBank:
             part = torch.tensor(rotations[start : start + batch_size], dtype=torch.float32, device=latent.device)
             templates[start : start + batch_size] = predictor.predict(latent, part)
         # Norms of what is stored, not of what was rounded, so that a template's distance to itself is zero.
+        squared_norms = torch.cat([part.float().square().sum(1) for part in templates.split(batch_size)])
+        return cls(rotations, templates, squared_norms)
+
+    @classmethod
+    def predict_nearest(
+        cls, predictor: Predictor, latents: Tensor, rotations: Array, views: Array, batch_size: int = 1024
+    ) -> TemplateBank:
+        """Templates of an object with several views, each predicted from the view that looked from nearest by.
+
+        Not from all of them: a template costs a pass through the network. Arguments as of ``predict_bank``.
+        """
+        nearest = view_weights(rotations, views).argmax(axis=1)
+        templates = None
+        for index, (latent, view) in enumerate(zip(latents, views, strict=True)):
+            mine = np.flatnonzero(nearest == index)
+            if len(mine):
+                part = cls.predict(predictor, latent, rotations[mine] @ view.T, batch_size).templates
+                if templates is None:
+                    templates = part.new_empty(len(rotations), part.shape[1])
+                templates[torch.from_numpy(mine).to(part.device)] = part
+        assert templates is not None
         squared_norms = torch.cat([part.float().square().sum(1) for part in templates.split(batch_size)])
         return cls(rotations, templates, squared_norms)
 
@@ -135,6 +188,54 @@ class HarmonicBank:
         products = torch.mv(self.turns, correlation(query[None], self.latent[None])[0])
         similarity = products / (query.norm() * self.latent.norm()).clamp(min=1e-12)
         return Match((products / temperature).double().cpu().numpy(), similarity.double().cpu().numpy())
+
+
+@dataclass(frozen=True)
+class ViewsBank:
+    """As ``HarmonicBank``, of an object that several views are known of.
+
+    Each view says, by its own likelihood, what it makes of every rotation. Their mean over all views, which is the
+    likelihood under the mean of the latents turned into one frame, knows what all of them agree on; the mean over those
+    that looked from near where the hypothesis looks from knows the details. Their logarithms are added: on objects held
+    out from training either alone was worse, and so were weights on the sphere's places in place of hypotheses.
+
+    Attributes:
+        rotations: (N, 3, 3), from the first view's virtual camera to the query's.
+        latents: (K, (L+1)², C), turned into the first view's virtual camera.
+        turns: (N, Σ(2l+1)²) the flattened D of the rotations.
+        near: (N, K) see ``view_weights``.
+    """
+
+    rotations: Array
+    latents: Tensor
+    turns: Tensor
+    near: Tensor
+
+    @classmethod
+    def of(cls, predictor: RotatedLatentPredictor, latents: Tensor, rotations: Array, views: Array) -> ViewsBank:
+        """For latents (K, D) of views (K, 3, 3), from the first one's virtual camera to each."""
+        turned = common_latents(predictor, latents, views)
+        first = HarmonicBank.of(predictor, latents[0], rotations)
+        near = torch.tensor(view_weights(rotations, views), dtype=torch.float32, device=turned.device)
+        return cls(rotations, turned, first.turns, near)
+
+    def match(self, latent: Tensor, temperature: float) -> Match:
+        """As ``TemplateBank.match``."""
+        count = len(self.latents)
+        query = latent.float().reshape(1, *self.latents.shape[1:])
+        products = self.turns @ correlation(query.expand(count, -1, -1), self.latents).T
+        each = torch.log_softmax(products / temperature, dim=0)
+        log_likelihood = ((self.near + 1 / count) * each).sum(dim=1)
+        norms = query.norm() * self.latents.flatten(1).norm(dim=1)
+        similarity = (self.near * products / norms.clamp(min=1e-12)).sum(dim=1)
+        return Match(log_likelihood.double().cpu().numpy(), similarity.double().cpu().numpy())
+
+
+def common_latents(predictor: RotatedLatentPredictor, latents: Tensor, views: Array) -> Tensor:
+    """Latents (K, D) of views, turned into one frame: (K, (L+1)², C); ``views`` (K, 3, 3) map that frame to theirs."""
+    back = torch.tensor(np.swapaxes(views, -1, -2).copy(), dtype=torch.float32, device=latents.device)
+    shaped = latents.float().reshape(-1, *predictor.latent_shape)
+    return rotate(shaped, wigner_d(back, predictor.network.config.bandwidth))
 
 
 def _turns(rotations: Array, bandwidth: int, device: torch.device) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +23,10 @@ from nope_ros.frame import InputError
 from nope_ros.latent import Predictor
 from nope_ros.mesh import RenderedViews
 from nope_ros.pose import ReferencePose
+from nope_ros.video import Keyframes, Provenance
 
 _FORMAT_VERSION = "1"
+_KEYFRAME_ARRAYS = ("R_virtual_object", "R_camera_object", "R_fixed_object", "t_fixed_object")
 _SUFFIX = ".object.safetensors"
 _SAFE_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,62}")
 # An object takes kilobytes, with a mesh ten megabytes; a larger file is not one of ours and is not read into memory.
@@ -98,12 +100,20 @@ class ObjectStore:
             tensors |= _rendered_tensors(registered.rendered)
         if registered.gravity_virtual is not None:
             tensors["gravity_virtual"] = torch.from_numpy(registered.gravity_virtual.copy())
+        keyframes = registered.keyframes
+        if keyframes is not None:
+            tensors["keyframes.latents"] = keyframes.latents.detach().float().cpu().contiguous()
+            for key in _KEYFRAME_ARRAYS:
+                tensors[f"keyframes.{key}"] = torch.from_numpy(getattr(keyframes, key).copy())
         metadata = {
             "format": _FORMAT_VERSION,
             "object_id": registered.object_id,
             "predictor": registered.predictor.identity,
             "scale": json.dumps([reference.distance, reference.angular_radius, reference.metric]),
         }
+        if keyframes is not None:
+            about = {"names": keyframes.names, "spread": keyframes.spread, "provenance": asdict(keyframes.provenance)}
+            metadata["keyframes"] = json.dumps(about)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
             with temporary.open("wb") as file:
@@ -161,7 +171,8 @@ class ObjectStore:
             raise StoreError(f"storage: {path} was registered with other weights; register the object again")
         try:
             distance, angular_radius, metric = json.loads(metadata["scale"])
-            arrays = {key: value.numpy() for key, value in tensors.items() if key not in ("latent", "rendered.latents")}
+            own = [key for key in tensors if key == "latent" or key.endswith(".latents")]
+            arrays = {key: value.numpy() for key, value in tensors.items() if key not in own}
             thumbnail: NDArray[np.uint8] = arrays["thumbnail"]
             # Files of before masks were kept: the crop is black outside it.
             mask = arrays.get("mask", np.where(thumbnail.any(axis=2), np.uint8(255), np.uint8(0)))
@@ -183,8 +194,9 @@ class ObjectStore:
                 mask=mask,
                 batch_size=batch_size,
                 rendered=_rendered(arrays, tensors, predictor),
+                keyframes=_keyframes(metadata, tensors, predictor),
             )
-        except (KeyError, ValueError) as error:
+        except (KeyError, ValueError, TypeError) as error:
             raise StoreError(f"storage: {path} is incomplete ({error}); register the object again") from None
 
 
@@ -205,6 +217,21 @@ def _rendered(
     given = {key.removeprefix("rendered."): value for key, value in arrays.items() if key.startswith("rendered.")}
     latents = tensors["rendered.latents"].float().to(predictor.device)
     return RenderedViews(latents=latents, **given)  # type: ignore[arg-type]
+
+
+def _keyframes(metadata: dict[str, str], tensors: dict[str, torch.Tensor], predictor: Predictor) -> Keyframes | None:
+    """The keyframes in a file, or None if the object was registered from one view."""
+    if "keyframes" not in metadata:
+        return None
+    about = json.loads(metadata["keyframes"])
+    arrays = {key: tensors[f"keyframes.{key}"].numpy() for key in _KEYFRAME_ARRAYS}
+    return Keyframes(
+        names=tuple(about["names"]),
+        latents=tensors["keyframes.latents"].to(predictor.device),
+        spread=float(about["spread"]),
+        provenance=Provenance(**about["provenance"]),
+        **arrays,
+    )
 
 
 def _sync_folder(folder: Path) -> None:

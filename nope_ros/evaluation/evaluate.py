@@ -1,4 +1,4 @@
-"""Runs methods over test sets and reports: ``nope-ros evaluate photos|meshes|procedural|bop``."""
+"""Runs methods over test sets and reports: ``nope-ros evaluate photos|meshes|procedural|bop|video``."""
 
 from __future__ import annotations
 
@@ -39,9 +39,11 @@ from nope_ros.evaluation.protocol import (
     View,
     observation,
 )
+from nope_ros.evaluation.walk import WalkReport, evaluate_walks
 from nope_ros.frame import Frame, InputError
 from nope_ros.prior import PRIORS, Prior
 from nope_ros.refine import REFINEMENTS, Refinement
+from nope_ros.video import KEYFRAMES
 
 Array = NDArray[np.float64]
 
@@ -489,7 +491,7 @@ def _evaluated(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``nope-ros evaluate``."""
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="photos|meshes|procedural|bop")
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="photos|meshes|procedural|bop|video")
     photos = kinds.add_parser("photos", help="photographs with true poses: DIR/<object>/poses.json")
     photos.add_argument("dir", type=Path, metavar="DIR", help="folder that holds the objects' folders")
     meshes = kinds.add_parser("meshes", help="renders of the meshes in a folder")
@@ -499,6 +501,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     bop = kinds.add_parser("bop", help="a dataset in BOP layout")
     bop.add_argument("dir", type=Path, metavar="DIR", help="folder of the dataset")
     bop.add_argument("--split", required=True, help="folder of scenes in it, such as test")
+    video = kinds.add_parser("video", help="a walk around each object against one reference, on photographs or meshes")
+    video.add_argument("dir", type=Path, metavar="DIR", help="as of photos, or of meshes")
+    add_walk_arguments(video)
     for kind in (photos, meshes, procedural, bop):
         kind.add_argument(
             "--protocol",
@@ -529,6 +534,63 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             kind.add_argument("--references", type=int, default=REFERENCES, help="of each object (%(default)s)")
         if kind in (meshes, procedural):
             kind.add_argument("--cache", type=Path, help="file of known symmetries; by default the user's")
+
+
+def add_walk_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``nope-ros evaluate video`` after its folder."""
+    parser.add_argument("--keyframes", type=int, default=KEYFRAMES, help="of each object (%(default)s)")
+    parser.add_argument(
+        "--poses",
+        choices=("given", "estimated"),
+        default="given",
+        help="whether registration is told where the cameras were (%(default)s)",
+    )
+    parser.add_argument(
+        "--pose-noise", type=float, default=0.0, metavar="DEG", help="by which every camera is turned (%(default)s)"
+    )
+    parser.add_argument("--protocol", action="append", choices=(*PRIORS, "all"), help="may be repeated (all)")
+    parser.add_argument("--queries", type=int, help="most queries of an object")
+    parser.add_argument("--objects", type=lambda text: text.split(","), metavar="A,B,...", help="those to use")
+    parser.add_argument("--predictor", help="folder of weights; the packaged ones by default")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    parser.add_argument("--per-object", action="store_true", help="a row for each object")
+    parser.add_argument("--cache", type=Path, help="file of known symmetries of meshes; by default the user's")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures to this file")
+
+
+def run_walks(args: argparse.Namespace, progress: bool = True) -> WalkReport:
+    """The evaluation that ``nope-ros evaluate video`` asks for.
+
+    Raises:
+        InputError: naming what does not fit.
+    """
+    for name, least in (("keyframes", 3), ("queries", 1)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise InputError(f"--{name}: {value} is less than {least}")
+    asked = args.protocol or ["all"]
+    protocols = tuple(prior for prior in PRIORS if prior in asked or "all" in asked)
+    if (args.dir / "poses.json").is_file() or any(args.dir.glob("*/poses.json")):
+        from nope_ros.evaluation.photos import photo_set
+
+        found = photo_set(args.dir, args.seed, objects=args.objects)
+    else:
+        from nope_ros.evaluation.meshes import mesh_set
+
+        views = args.keyframes + max(args.queries or 0, args.keyframes)
+        found = mesh_set(args.dir, args.seed, protocols=protocols, objects=args.objects, views=views, cache=args.cache)
+    return evaluate_walks(
+        found,
+        PoseEstimator.from_pretrained(args.predictor, device=args.device),
+        protocols,
+        seed=args.seed,
+        keyframes=args.keyframes,
+        queries=args.queries,
+        poses=args.poses,
+        pose_noise_deg=args.pose_noise,
+        progress=_progress() if progress else None,
+    )
 
 
 def _sets(args: argparse.Namespace, protocols: Sequence[Prior]) -> list[tuple[int, EvaluationSet]]:
@@ -591,6 +653,8 @@ def main(args: argparse.Namespace) -> int:
     # Figures cut off at a narrow terminal's edge would be of no use.
     console.width = max(console.width, _TABLE_WIDTH)
     try:
+        if args.kind == "video":
+            return _main_walks(args, console)
         report, evaluation_set = run(args)
     except InputError as error:
         print(f"nope-ros evaluate: {error}", file=sys.stderr)
@@ -609,6 +673,20 @@ def main(args: argparse.Namespace) -> int:
 
         for path in write_pictures(report, args.pictures, evaluation_set):
             console.print(f"wrote {path}", highlight=False)
+    return 0
+
+
+def _main_walks(args: argparse.Namespace, console: Console) -> int:
+    report = run_walks(args)
+    console.print(report.table(objects=args.per_object))
+    for line in report.skipped:
+        console.print(f"not used: {line}", style="yellow", highlight=False)
+    if not report.scores:
+        console.print("nothing was evaluated: no walk could be registered", style="red")
+        return 1
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(report.to_json() + "\n", encoding="utf-8")
     return 0
 
 

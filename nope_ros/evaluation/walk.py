@@ -1,0 +1,339 @@
+"""What a walk around an object is worth: the same queries against one reference, and against keyframes.
+
+Of each object's views, keyframes are those farthest from each other by direction; all others are queries, which neither
+side has seen. ``single`` has one of the keyframes, drawn anew for each query; ``video`` has all of them, with the poses
+of their cameras but nothing of the object: origin and axes are found by registration.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.random import Generator
+from numpy.typing import NDArray
+from rich.progress import Progress
+from rich.table import Table
+
+from nope_ros.estimator import PoseEstimator, RegisteredObject
+from nope_ros.evaluation.metrics import PairScore, Scores, calibration
+from nope_ros.evaluation.protocol import EvaluationObject, EvaluationSet, View, generator
+from nope_ros.frame import InputError
+from nope_ros.pose import PoseEstimate
+from nope_ros.prior import PRIORS, Prior
+from nope_ros.rotations import exp, geodesic_distance
+from nope_ros.video import KEYFRAMES, Walk, farthest
+
+Array = NDArray[np.float64]
+PoseSource = Literal["given", "estimated"]
+
+SINGLE, VIDEO = "single", "video"
+
+
+@dataclass(frozen=True)
+class WalkReport:
+    """What came of one evaluation.
+
+    Attributes:
+        kind: of the test set.
+        source: of the test set.
+        model: name of the predictor.
+        keyframes: asked for of each object.
+        poses: where the registration had camera poses from.
+        pose_noise_deg: by which every camera was turned before that.
+        scores: of every query, by either method.
+        registration_seconds: of each walk.
+        skipped: what could not be used, and why.
+    """
+
+    kind: str
+    source: str
+    model: str
+    keyframes: int
+    poses: PoseSource
+    pose_noise_deg: float
+    scores: tuple[PairScore, ...]
+    registration_seconds: tuple[float, ...]
+    skipped: tuple[str, ...]
+
+    def scores_of(self, prior: Prior, method: str, name: str | None = None) -> Scores:
+        """Figures of one method under one protocol, of one object or of all."""
+        return Scores.of(
+            [
+                score
+                for score in self.scores
+                if (score.protocol, score.method) == (prior, method) and name in (None, score.object_name)
+            ]
+        )
+
+    @property
+    def protocols(self) -> tuple[Prior, ...]:
+        """Those that were run."""
+        return tuple(prior for prior in PRIORS if any(score.protocol == prior for score in self.scores))
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the JSON file holds: ``single`` and ``video`` under the first protocol on top, then each protocol."""
+        values: dict[str, Any] = {
+            "set": self.kind,
+            "source": self.source,
+            "predictor": self.model,
+            "keyframes": self.keyframes,
+            "poses": self.poses,
+            "pose_noise_deg": self.pose_noise_deg,
+            "registration_seconds": round(float(np.median(self.registration_seconds or (0.0,))), 2),
+            "skipped": list(self.skipped),
+        }
+        for prior in self.protocols:
+            names = sorted({score.object_name for score in self.scores if score.protocol == prior})
+            both = {method: self.scores_of(prior, method).to_dict() for method in (SINGLE, VIDEO)}
+            if "protocol" not in values:
+                values |= {"protocol": prior, **both}
+            values[prior] = {
+                **both,
+                "objects": {
+                    name: {method: self.scores_of(prior, method, name).to_dict() for method in (SINGLE, VIDEO)}
+                    for name in names
+                },
+            }
+        return values
+
+    def to_json(self) -> str:
+        """``to_dict`` as text."""
+        return json.dumps(self.to_dict(), indent=1)
+
+    def table(self, objects: bool = False) -> Table:
+        """The figures as a table for a terminal; ``objects`` adds a row for each of them."""
+        noise = f", camera poses off by {self.pose_noise_deg:g}°" if self.pose_noise_deg else ""
+        seconds = float(np.median(self.registration_seconds or (0.0,)))
+        title = f"{self.kind}: {self.model}, {self.keyframes} keyframes in {seconds:.1f} s, poses {self.poses}{noise}"
+        table = Table(title=title, title_justify="left")
+        for column in (
+            "protocol",
+            "",
+            "pairs",
+            "Acc30",
+            "median °",
+            "Acc30 sym",
+            "median sym °",
+            "50 % set",
+            "90 % set",
+        ):
+            table.add_column(column, justify="right" if column not in ("protocol", "") else "left")
+        for prior in self.protocols:
+            for method in (SINGLE, VIDEO):
+                table.add_row(prior, method, *_cells(self.scores_of(prior, method)))
+            if objects:
+                for name in sorted({score.object_name for score in self.scores if score.protocol == prior}):
+                    for method in (SINGLE, VIDEO):
+                        table.add_row(
+                            "", f"  {name} {method}", *_cells(self.scores_of(prior, method, name)), style="dim"
+                        )
+            table.add_section()
+        return table
+
+
+def _cells(scores: Scores) -> list[str]:
+    shown = (scores.acc30, scores.median_deg, scores.acc30_sym, scores.median_deg_sym)
+    return [
+        str(scores.pairs),
+        *("–" if value is None else f"{value:.1f}" for value in (*shown, scores.coverage50, scores.coverage90)),
+    ]
+
+
+def evaluate_walks(
+    found: EvaluationSet,
+    estimator: PoseEstimator,
+    protocols: Sequence[Prior] = PRIORS,
+    *,
+    seed: int = 0,
+    keyframes: int = KEYFRAMES,
+    queries: int | None = None,
+    poses: PoseSource = "given",
+    pose_noise_deg: float = 0.0,
+    progress: Progress | None = None,
+) -> WalkReport:
+    """Register every object of a set from one view and from many, and ask both about the rest of its views.
+
+    Args:
+        found: the set; its pairs are not used.
+        estimator: what to evaluate.
+        protocols: those to run, where the set has them.
+        seed: draws keyframes, single references and noise.
+        keyframes: of each object; at most half of its views.
+        queries: of each object, at most.
+        poses: whether registration is given the cameras' poses.
+        pose_noise_deg: every camera is turned by this angle about an axis of its own before registration.
+        progress: shows how far it is.
+    """
+    scores: list[PairScore] = []
+    seconds: list[float] = []
+    skipped: list[str] = []
+    shown: AbstractContextManager[object] = progress if progress is not None else nullcontext()
+    with shown:
+        task = progress.add_task("video", total=found.count) if progress is not None else None
+        for evaluated in found.objects():
+            asked = tuple(prior for prior in evaluated.protocols if prior in protocols)
+            for level in (False, True):
+                part = tuple(prior for prior in asked if (prior != "free") == level)
+                if part:
+                    rng = generator(seed, evaluated.name, "walk")
+                    try:
+                        one = _Walked.of(evaluated, estimator, level, rng, keyframes, poses, pose_noise_deg)
+                        scores += one.ask(part, queries)
+                        seconds.append(one.seconds)
+                        skipped += one.skipped
+                    except InputError as error:
+                        skipped.append(f"{evaluated.name}: {error}")
+            if progress is not None and task is not None:
+                progress.advance(task)
+    return WalkReport(
+        found.kind,
+        found.source,
+        estimator.model_name,
+        keyframes,
+        poses,
+        pose_noise_deg,
+        tuple(scores),
+        tuple(seconds),
+        tuple(dict.fromkeys(skipped)),
+    )
+
+
+@dataclass(frozen=True)
+class _Walked:
+    """One object, registered from one view (each of the keyframes) and from all of them."""
+
+    evaluated: EvaluationObject
+    estimator: PoseEstimator
+    level: bool
+    rng: Generator
+    chosen: tuple[int, ...]
+    singles: dict[int, RegisteredObject]
+    together: RegisteredObject
+    R_truth_object: Array
+    seconds: float
+    skipped: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls,
+        evaluated: EvaluationObject,
+        estimator: PoseEstimator,
+        level: bool,
+        rng: Generator,
+        keyframes: int,
+        poses: PoseSource,
+        noise_deg: float,
+    ) -> _Walked:
+        views = evaluated.views
+        first = int(rng.integers(len(views)))
+        order = np.roll(np.arange(len(views)), -first)
+        directions = np.stack([views[index].direction for index in order])
+        chosen = [int(order[index]) for index in farthest(directions, min(keyframes, len(views) // 2))]
+        # In the order of the recording, but from the one drawn: its yaw is the object's.
+        chosen = [chosen[0], *sorted(chosen[1:])]
+        frames = {index: views[index].read() for index in chosen}
+        begin = time.perf_counter()
+        walk = Walk(estimator.predictor.crop_size)
+        for index in chosen:
+            view = views[index]
+            gravity = view.gravity_camera if level else None
+            pose = _noisy(view, noise_deg, rng) if poses == "given" else None
+            walk.add(view.name, frames[index], gravity_camera=gravity, pose=pose)
+        together = estimator.register_walk(walk, object_id="video", keyframes=keyframes)
+        seconds = time.perf_counter() - begin
+        kept = together.keyframes
+        assert kept is not None
+        truth = {view.name: view.R_camera_object for view in views}
+        R_truth_object = kept.R_fixed_object
+        if poses == "estimated":  # in a frame of their own, which is laid over the true one before errors are counted
+            offsets = [truth[name].T @ R for name, R in zip(kept.names, kept.R_camera_object, strict=True)]
+            R_truth_object = _chordal_median(np.stack(offsets))
+        singles = {}
+        for index in chosen:
+            view = views[index]
+            singles[index] = estimator.register_frame(
+                frames[index],
+                object_id="single",
+                R_camera_object=view.R_camera_object,
+                t_camera_object=view.t_camera_object,
+                gravity_camera=view.gravity_camera if level else None,
+            )
+        refused = tuple(f"{evaluated.name} {one.name}: {one.reason}" for one in walk.refused)
+        return cls(evaluated, estimator, level, rng, tuple(chosen), singles, together, R_truth_object, seconds, refused)
+
+    def ask(self, protocols: Sequence[Prior], queries: int | None) -> list[PairScore]:
+        """Scores of both methods on the views that are no keyframes."""
+        views = self.evaluated.views
+        rest = [index for index in range(len(views)) if index not in self.chosen]
+        if queries is not None and queries < len(rest):
+            rest = [rest[index] for index in np.sort(self.rng.choice(len(rest), queries, replace=False))]
+        scores = []
+        for query in rest:
+            reference = self.chosen[int(self.rng.integers(len(self.chosen)))]
+            view = views[query]
+            for prior in protocols:
+                single, video = self.estimator.estimate_frame(
+                    view.read(),
+                    [self.singles[reference], self.together],
+                    prior=prior,
+                    gravity_camera=view.gravity_camera if self.level else None,
+                )
+                scores.append(self._score(single, np.eye(3), views[reference], view, SINGLE, prior))
+                scores.append(self._score(video, self.R_truth_object, None, view, VIDEO, prior))
+        return scores
+
+    def _score(
+        self,
+        estimate: PoseEstimate,
+        R_truth_object: Array,
+        reference: View | None,
+        query: View,
+        method: str,
+        prior: Prior,
+    ) -> PairScore:
+        R_estimated = estimate.R_camera_object @ R_truth_object.T
+        R_true = query.R_camera_object
+        # The estimate's own rotation at its reference tells which delta_R would have been right.
+        R_reference = estimate.delta_R.T @ estimate.R_camera_object
+        right = R_true @ R_truth_object @ R_reference.T
+        nearest = max(
+            (self.evaluated.views[index] for index in self.chosen) if reference is None else [reference],
+            key=lambda view: float(view.direction @ query.direction),
+        )
+        return PairScore(
+            method=method,
+            protocol=prior,
+            object_name=self.evaluated.name,
+            reference=nearest.name,
+            query=query.name,
+            delta_R=tuple(tuple(float(value) for value in row) for row in estimate.delta_R),
+            error_deg=float(np.degrees(geodesic_distance(R_estimated, R_true))),
+            error_sym_deg=float(np.degrees(self.evaluated.symmetry.error(R_estimated, R_true))),
+            direction_deg=float(np.degrees(np.arccos(np.clip(nearest.direction @ query.direction, -1, 1)))),
+            confidence=estimate.confidence,
+            calibration=calibration(estimate.distribution, right),
+        )
+
+
+def _noisy(view: View, noise_deg: float, rng: Generator) -> tuple[Array, Array]:
+    """The camera's pose, turned in place by an angle about a random axis."""
+    axis = rng.normal(size=3)
+    turn = exp(np.radians(noise_deg) * axis / np.linalg.norm(axis))
+    return turn @ view.R_camera_object, turn @ view.t_camera_object
+
+
+def _chordal_median(rotations: Array) -> Array:
+    """The rotation (3, 3) with the least sum of distances to others (N, 3, 3), by reweighted averages."""
+    weights = np.ones(len(rotations))
+    mean = rotations[0]
+    for _ in range(20):
+        u, _, vt = np.linalg.svd(np.einsum("n,nij->ij", weights, rotations))
+        mean = u @ np.diag([1, 1, np.linalg.det(u @ vt)]) @ vt
+        weights = 1 / (geodesic_distance(rotations, mean) + 0.05)
+    return mean

@@ -1,0 +1,748 @@
+"""Registration from many views: a walk around an object becomes one object frame and a set of keyframes.
+
+After object-centric video learning (Sommer et al., "Unsupervised Learning of Category-Level 3D Pose from
+Object-Centric Videos", CVPR 2024), without its structure from motion: a camera that knows where it is (TF, SLAM) gives
+the poses, or else our own relative rotations do, made consistent over the graph of views.
+
+    walk = Walk(crop_size)
+    walk.add("0001.jpg", frame, pose=(R_camera_fixed, t_camera_fixed))    # or without a pose; tells if it is refused
+    plan = plan_keyframes(walk, encode, predictor)                         # which views, and the object frame
+
+The *fixed* frame is any frame in which the object does not move: a map, or a turntable's plate. The *object* frame has
+its origin where the views' central rays meet, z up, and the first keyframe at zero yaw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Literal
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.special import logsumexp
+from torch import Tensor
+
+from nope_ros.crop import Crop, roll_of_gravity, virtual_crop
+from nope_ros.frame import Frame, InputError
+from nope_ros.harmonics import rotate, wigner_d
+from nope_ros.latent import Predictor, RotatedLatentPredictor
+from nope_ros.match import predict_bank
+from nope_ros.models.rotated_latent import correlation, flatten_d
+from nope_ros.pose import distance_from_depth
+from nope_ros.prior import free_rotations, standing_rotations
+from nope_ros.rotations import exp, geodesic_distance, log
+
+Array = NDArray[np.float64]
+Pose = tuple[Array, Array]
+"""R_camera_fixed (3, 3) and t_camera_fixed (3,): x_camera = R x_fixed + t."""
+Scale = Literal["poses", "depth", "reference_distance", "object_diameter", "unknown"]
+"""What made lengths metres."""
+Encode = Callable[[Sequence[Crop]], Tensor]
+
+KEYFRAMES = 16
+_FEWEST = 3
+# Views nearer to each other than this show the same.
+_NOTHING_NEW = np.radians(5.0)
+# A mask whose second largest piece is more than this share of it has been cut in two.
+_SECOND_PIECE = 0.25
+# Relative to the median of its neighbours: a blurred view's detail, a wrong mask's size.
+_BLURRED = 0.45
+_SIZE_JUMP = 1.8
+_NEIGHBOURS = 4
+_NEAR = np.radians(35.0)
+# The central ray passes the object's centre at this share of its radius, or the mask shows something else.
+_OFF_CENTRE = 0.5
+# Views whose relative rotations are estimated where no camera poses are given: the number of pairs grows by its square.
+_GRAPH = 32
+_MODES = 3
+_CLOSED = np.radians(20.0)
+"""How well a cycle of three relative rotations closes when all are right: each errs by some 10°."""
+_OUTLIER = np.radians(30.0)
+
+
+@dataclass(frozen=True)
+class View:
+    """One frame of a walk that can be used.
+
+    Attributes:
+        name: of the frame.
+        crop: the object in it.
+        sharpness: detail within the outline, independent of contrast; comparable between views of one object only.
+        gravity_camera: (3,) unit vector, or None.
+        pose: of the fixed frame in the camera, or None.
+        distance: metres from the camera to the object's centre by depth, or None.
+    """
+
+    name: str
+    crop: Crop
+    sharpness: float
+    gravity_camera: Array | None = None
+    pose: Pose | None = None
+    distance: float | None = None
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A frame that is not used, and why."""
+
+    name: str
+    reason: str
+
+
+class Walk:
+    """Collects the frames of a walk in the order in which they were taken; keeps crops only, some 40 kB a frame.
+
+    Args:
+        crop_size: side of the predictor's crops, pixels.
+
+    Attributes:
+        views: frames that can be used, so far as one frame alone can tell.
+        refused: the others.
+    """
+
+    def __init__(self, crop_size: int) -> None:
+        self.crop_size = crop_size
+        self.views: list[View] = []
+        self.refused: list[Refusal] = []
+
+    def __len__(self) -> int:
+        return len(self.views) + len(self.refused)
+
+    def add(
+        self, name: str, frame: Frame, *, gravity_camera: Array | None = None, pose: Pose | None = None
+    ) -> Refusal | None:
+        """Look at a frame.
+
+        Args:
+            name: for messages.
+            frame: image, mask, camera; depth gives metric scale where poses do not.
+            gravity_camera: (3,) direction of gravity (down) in camera axes.
+            pose: R_camera_fixed (3, 3) and t_camera_fixed (3,).
+
+        Returns:
+            Why it is refused, or None.
+        """
+        if frame.touches_border:
+            return self.refuse(name, "the object reaches the image's border, a part of it is not seen")
+        pieces = _piece_areas(frame)
+        if len(pieces) > 1 and pieces[1] > _SECOND_PIECE * sum(pieces):
+            return self.refuse(
+                name, f"the mask is in pieces, the second with {pieces[1] / sum(pieces):.0%} of its area"
+            )
+        if pose is not None and not (
+            np.allclose(pose[0] @ pose[0].T, np.eye(3), atol=1e-3)
+            and np.linalg.det(pose[0]) > 0
+            and np.isfinite(pose[1]).all()
+        ):
+            return self.refuse(name, "the camera pose is no rotation and translation")
+        down = None if gravity_camera is None else gravity_camera / np.linalg.norm(gravity_camera)
+        crop = virtual_crop(frame, self.crop_size, down)
+        distance = None
+        if frame.depth is not None:
+            try:
+                distance = distance_from_depth(frame, crop)
+            except InputError:  # holes in the depth: other frames have it
+                distance = None
+        self.views.append(View(name, crop, sharpness(crop), down, pose, distance))
+        return None
+
+    def refuse(self, name: str, reason: str) -> Refusal:
+        """Note a frame that could not even be read."""
+        refusal = Refusal(name, reason)
+        self.refused.append(refusal)
+        return refusal
+
+
+def _piece_areas(frame: Frame) -> list[float]:
+    x0, y0, x1, y1 = frame.bbox_xyxy
+    _, _, statistics, _ = cv2.connectedComponentsWithStats(frame.mask[y0:y1, x0:x1].astype(np.uint8))
+    return sorted(statistics[1:, cv2.CC_STAT_AREA].astype(float).tolist(), reverse=True)
+
+
+def sharpness(crop: Crop) -> float:
+    """How fine the detail is that a crop shows: energy of its Laplacian over that of its gradient, within the outline.
+
+    A ratio, since the side without print is not a blurred view. The outline, cut by the mask, is always sharp.
+    """
+    inside = cv2.erode((crop.mask > 250).astype(np.uint8), np.ones((7, 7), np.uint8)) > 0
+    if inside.sum() < 50:
+        return np.inf  # too thin to tell
+    grey = cv2.cvtColor(crop.image, cv2.COLOR_RGB2GRAY).astype(np.float32)
+    slope = cv2.Sobel(grey, cv2.CV_32F, 1, 0, scale=0.125) ** 2 + cv2.Sobel(grey, cv2.CV_32F, 0, 1, scale=0.125) ** 2
+    bend = cv2.Laplacian(grey, cv2.CV_32F) ** 2
+    return float(bend[inside].mean() / (slope[inside].mean() + 1.0))
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where an object frame comes from.
+
+    Attributes:
+        poses: "given", or "estimated" from our own relative rotations.
+        up: "gravity"; "turntable", the axis about which the camera went; or "image", cameras being held upright.
+        scale: what made lengths metres: "poses", "depth", "reference_distance", "object_diameter"; or "unknown".
+        frames: how many frames the walk had.
+        refused: how many of them were not used.
+        residual_deg: median disagreement of relative rotations with the poses (estimated poses), degrees.
+        edges: relative rotations used (estimated poses).
+        outliers: how many of those were found to be wrong.
+        off_centre: median distance of the central rays from the origin over the object's radius (given poses).
+        agreement: share of keyframes whose rotation the others find within 30°, each left out in turn.
+    """
+
+    poses: Literal["given", "estimated"]
+    up: Literal["gravity", "turntable", "image"]
+    scale: Scale
+    frames: int
+    refused: int
+    residual_deg: float | None = None
+    edges: int = 0
+    outliers: int = 0
+    off_centre: float | None = None
+    agreement: float | None = None
+
+
+@dataclass(frozen=True)
+class Keyframes:
+    """The views that an object was registered from.
+
+    Attributes:
+        names: of the frames.
+        latents: (K, D) of the crops.
+        R_virtual_object: (K, 3, 3) object frame to each crop's virtual camera.
+        R_camera_object: (K, 3, 3) object frame to each camera.
+        spread: factor on the temperature, as keyframes contradict each other more or less than in training.
+        R_fixed_object: (3, 3), the object frame in the frame of the camera poses.
+        t_fixed_object: (3,) its origin there.
+        provenance: of the object frame.
+    """
+
+    names: tuple[str, ...]
+    latents: Tensor
+    R_virtual_object: Array
+    R_camera_object: Array
+    spread: float
+    R_fixed_object: Array
+    t_fixed_object: Array
+    provenance: Provenance
+
+    @property
+    def directions(self) -> Array:
+        """Unit vectors (K, 3) from the object to each camera, object frame."""
+        directions: Array = -self.R_virtual_object[:, 2]
+        return directions
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A walk made ready for registration.
+
+    Attributes:
+        keyframes: see there.
+        views: (K) of the keyframes, the reference first.
+        R_camera_object: (3, 3) of the first.
+        t_camera_object: (3,) of the first, in the unit of the walk; None if only rotations are known.
+        radius: of the object in that unit; None likewise.
+        gravity_known: whether the object's z axis is up in the world.
+        refused: all frames that were not used, and why.
+    """
+
+    keyframes: Keyframes
+    views: tuple[View, ...]
+    R_camera_object: Array
+    t_camera_object: Array | None
+    radius: float | None
+    gravity_known: bool
+    refused: tuple[Refusal, ...]
+
+
+def plan_keyframes(
+    walk: Walk,
+    encode: Encode,
+    predictor: Predictor,
+    *,
+    count: int = KEYFRAMES,
+    poses_metric: bool = True,
+    report: Callable[[str], None] = lambda _: None,
+) -> Plan:
+    """Choose keyframes and the object frame.
+
+    Args:
+        walk: the frames.
+        encode: crops to latents (B, D).
+        predictor: what made the latents.
+        count: of keyframes, at most.
+        poses_metric: whether translations of the poses are metres.
+        report: told what is being done.
+
+    Raises:
+        InputError: if fewer than three frames are left, with the most frequent reason.
+    """
+    refused = list(walk.refused)
+    views = list(walk.views)
+    posed = [view for view in views if view.pose is not None]
+    if len(posed) >= _FEWEST:
+        refused += [Refusal(view.name, "no camera pose is known for it") for view in views if view.pose is None]
+        views = posed
+    given = len(posed) >= _FEWEST
+    report("looking for blurred frames and wrong masks")
+    views = _without_outliers(views, refused, given)
+    _check_enough(views, refused, walk)
+    averaged: Averaged | None = None
+    origin, off_centre = np.zeros(3), None
+    if given:
+        rotations = np.stack([_pose(view)[0] for view in views])
+        views, rotations, origin, off_centre = _met(views, rotations, refused)
+        _check_enough(views, refused, walk)
+    else:
+        if not isinstance(predictor, RotatedLatentPredictor):
+            raise InputError(
+                f"poses: {predictor.name} can't tell camera motion from images alone; give camera poses (TF or a file)"
+            )
+        views = _spread_over_time(views, _GRAPH)
+        report(f"relative rotations of {len(views)} frames")
+        latents = encode([view.crop for view in views]).reshape(-1, *predictor.latent_shape)
+        averaged = average_rotations(latents, [_gravity_virtual(view) for view in views], predictor.temperature)
+        R_virtual_camera = np.stack([view.crop.R_virtual_camera for view in views])
+        rotations = np.swapaxes(R_virtual_camera, 1, 2) @ averaged.rotations
+        kept = [index for index in range(len(views)) if averaged.agreeing[index] >= 0.25]
+        refused += [
+            Refusal(views[index].name, "its rotation relative to the others contradicts most of them")
+            for index in range(len(views))
+            if index not in kept
+        ]
+        views, rotations = [views[index] for index in kept], rotations[kept]
+        _check_enough(views, refused, walk)
+    R_virtual = np.stack([view.crop.R_virtual_camera for view in views]) @ rotations  # of the fixed frame
+    chosen = farthest(-R_virtual[:, 2], count, np.array([view.sharpness for view in views]))
+    up, how = _up(views, rotations)
+    R_fixed_object = _frame_of(up, -R_virtual[0, 2])
+    if how == "turntable":  # gravity after all: crops as a robot that knows it would make them
+        views = [_levelled(view, -rotation @ up) for view, rotation in zip(views, rotations, strict=True)]
+    views, rotations = [views[index] for index in chosen], rotations[chosen]
+    R_camera_object = rotations @ R_fixed_object
+    R_virtual_object = np.stack([view.crop.R_virtual_camera for view in views]) @ R_camera_object
+    report(f"encoding {len(views)} keyframes")
+    latents = encode([view.crop for view in views])
+    spread, agreement = left_out(predictor, latents, R_virtual_object)
+    t, radius = None, None
+    if given:
+        translations = np.stack([_pose(view)[1] for view in views]) + rotations @ origin
+        t = translations[0]
+        distances = np.array(
+            [view.crop.R_virtual_camera[2] @ one for view, one in zip(views, translations, strict=True)]
+        )
+        radius = float(np.median(distances * [view.crop.angular_radius for view in views]))
+    provenance = Provenance(
+        poses="given" if given else "estimated",
+        up=how,
+        scale="poses" if given and poses_metric else "unknown",
+        frames=len(walk),
+        refused=len(refused),
+        residual_deg=None if averaged is None else averaged.residual_deg,
+        edges=0 if averaged is None else averaged.edges,
+        outliers=0 if averaged is None else averaged.outliers,
+        off_centre=off_centre,
+        agreement=agreement,
+    )
+    keyframes = Keyframes(
+        tuple(view.name for view in views),
+        latents,
+        R_virtual_object,
+        R_camera_object,
+        spread,
+        R_fixed_object,
+        origin,
+        provenance,
+    )
+    return Plan(keyframes, tuple(views), R_camera_object[0], t, radius, how != "image", tuple(refused))
+
+
+def _check_enough(views: Sequence[View], refused: Sequence[Refusal], walk: Walk) -> None:
+    if len(views) >= _FEWEST:
+        return
+    reasons = [refusal.reason for refusal in refused]
+    most = max(set(reasons), key=reasons.count) if reasons else "there were no more"
+    raise InputError(
+        f"walk: {len(views)} of {len(walk)} frames can be used, at least {_FEWEST} are needed; most often: {most}"
+    )
+
+
+def _pose(view: View) -> Pose:
+    assert view.pose is not None
+    return view.pose
+
+
+def _gravity_virtual(view: View) -> Array | None:
+    return None if view.gravity_camera is None else view.crop.R_virtual_camera @ view.gravity_camera
+
+
+def _without_outliers(views: list[View], refused: list[Refusal], given: bool) -> list[View]:
+    """Views that are neither blurred nor of another size than those taken next to them, or from about there."""
+    count = len(views)
+    order = np.arange(count)
+    near = np.abs(order[:, None] - order) <= _NEIGHBOURS
+    size = np.array([view.crop.angular_radius for view in views])
+    if given:
+        forward = np.stack([view.crop.R_virtual_camera[2] @ _pose(view)[0] for view in views])
+        near = forward @ forward.T > np.cos(_NEAR)
+        centres = np.stack([-_pose(view)[0].T @ _pose(view)[1] for view in views])
+        middle = meeting_point(centres, forward)[0]
+        size = size * np.linalg.norm(centres - middle, axis=1)
+    np.fill_diagonal(near, False)
+    detail = np.array([view.sharpness for view in views])
+    kept = []
+    for index, view in enumerate(views):
+        others = near[index]
+        if others.sum() >= 3:
+            usual = float(np.median(detail[others]))
+            if detail[index] < _BLURRED * usual:
+                share = detail[index] / usual
+                refused.append(Refusal(view.name, f"blurred: {share:.0%} of the detail of the frames next to it"))
+                continue
+            ratio = float(size[index] / np.median(size[others]))
+            if not 1 / _SIZE_JUMP < ratio < _SIZE_JUMP:
+                refused.append(
+                    Refusal(view.name, f"the mask shows the object {ratio:.1f} times as large as the frames next to it")
+                )
+                continue
+        kept.append(view)
+    return kept
+
+
+def meeting_point(centres: Array, directions: Array) -> tuple[Array, Array]:
+    """The point nearest to rays, and how far each passes it.
+
+    Least squares with weights 1 / (1 + (distance / 2·median)²)² (Geman–McClure), as a few rays go elsewhere.
+
+    Args:
+        centres: (N, 3) where rays begin.
+        directions: (N, 3) unit vectors.
+
+    Returns:
+        (3,) the point, and (N,) distances.
+    """
+    across = np.eye(3) - directions[:, :, None] * directions[:, None, :]
+    weights = np.ones(len(centres))
+    for _ in range(20):
+        # A trace of the identity keeps parallel rays, which meet nowhere, from dividing by zero.
+        A = np.einsum("n,nij->ij", weights, across) + 1e-9 * np.eye(3)
+        point = np.linalg.solve(A, np.einsum("n,nij,nj->i", weights, across, centres))
+        distances = np.linalg.norm(np.einsum("nij,nj->ni", across, point - centres), axis=1)
+        scale = 2 * np.median(distances) + 1e-12
+        weights = 1 / (1 + (distances / scale) ** 2) ** 2
+    return point, distances
+
+
+def _met(views: list[View], rotations: Array, refused: list[Refusal]) -> tuple[list[View], Array, Array, float]:
+    """Views whose central ray meets those of the others, their rotations, the origin and the median miss (radii)."""
+    translations = np.stack([_pose(view)[1] for view in views])
+    centres = -np.einsum("nji,nj->ni", rotations, translations)
+    axes = np.stack([view.crop.R_virtual_camera[2] for view in views])
+    directions = np.einsum("nji,nj->ni", rotations, axes)
+    point, distances = meeting_point(centres, directions)
+    along = np.einsum("ni,ni->n", point - centres, directions)
+    radius = float(np.median(along * [view.crop.angular_radius for view in views]))
+    if radius <= 0 or np.ptp(centres, axis=0).max() < 1e-9:
+        raise InputError(
+            "poses: the cameras do not look at one point in front of them; the object must stand still in the frame of "
+            "the poses, and poses be x_camera = R x_fixed + t"
+        )
+    # Poses that err by a few degrees move all rays: an outlier is one that errs more than the others do.
+    limit = max(_OFF_CENTRE * radius, 3 * float(np.median(distances)))
+    good = (distances < limit) & (along > 0)
+    for index in np.flatnonzero(~good):
+        off = distances[index] / radius
+        refused.append(Refusal(views[index].name, f"the mask is {off:.1f} radii away from where others see the object"))
+    return (
+        [views[index] for index in np.flatnonzero(good)],
+        rotations[good],
+        point,
+        float(np.median(distances) / radius),
+    )
+
+
+def _spread_over_time(views: list[View], count: int) -> list[View]:
+    """At most this many, one from each stretch of the walk, the sharpest; the first stays first."""
+    if len(views) <= count:
+        return views
+    edges = np.linspace(0, len(views), count + 1).round().astype(int)
+    return [views[0]] + [max(views[start:end], key=lambda view: view.sharpness) for start, end in pairwise(edges[1:])]
+
+
+def farthest(directions: Array, count: int, sharp: Array | None = None) -> list[int]:
+    """Indices of directions (N, 3), each farthest from those before; starts with the first.
+
+    Args:
+        directions: unit vectors.
+        count: how many, at most; fewer if the rest shows nothing new.
+        sharp: (N,) preferred among those nearly as far.
+    """
+    chosen = [0]
+    angle = np.arccos(np.clip(directions @ directions[0], -1, 1))
+    while len(chosen) < min(count, len(directions)) and angle.max() > _NOTHING_NEW:
+        far = np.flatnonzero(angle >= 0.9 * angle.max())
+        best = int(far[np.argmax(angle[far] if sharp is None else sharp[far])])
+        chosen.append(best)
+        angle = np.minimum(angle, np.arccos(np.clip(directions @ directions[best], -1, 1)))
+    return chosen
+
+
+def _up(views: Sequence[View], rotations: Array) -> tuple[Array, Literal["gravity", "turntable", "image"]]:
+    """Up (3,) in the fixed frame, and how it is known; ``rotations`` (N, 3, 3) are R_camera_fixed."""
+    felt = [
+        -rotation.T @ view.gravity_camera
+        for view, rotation in zip(views, rotations, strict=True)
+        if view.gravity_camera is not None
+    ]
+    if felt:
+        return _unit(np.median(felt, axis=0)), "gravity"
+    image_up = -rotations[:, 1].mean(axis=0)
+    directions = -np.stack([view.crop.R_virtual_camera[2] @ R for view, R in zip(views, rotations, strict=True)])
+    values, vectors = np.linalg.eigh(np.cov(directions.T))
+    # Directions on a circle: thin across its plane, and wide within it.
+    if len(views) >= 6 and values[0] < 0.1**2 and values[1] > 0.4**2 and np.linalg.norm(image_up) > 0.3:
+        axis = vectors[:, 0]
+        return axis * np.sign(axis @ image_up), "turntable"
+    if np.linalg.norm(image_up) < 0.1:  # held every way: the first is as good as any
+        image_up = -rotations[0, 1]
+    return _unit(image_up), "image"
+
+
+def _unit(vector: Array) -> Array:
+    length = float(np.linalg.norm(vector))
+    unit: Array = vector / max(length, 1e-12)
+    return unit
+
+
+def _frame_of(up: Array, direction: Array) -> Array:
+    """R_fixed_object (3, 3): z is up, x points to the first camera, as far as that is level."""
+    x = direction - up * (up @ direction)
+    if np.linalg.norm(x) < 1e-3:  # it looked straight down
+        x = np.cross(up, np.eye(3)[np.argmin(np.abs(up))])
+    x = _unit(x)
+    return np.stack([x, np.cross(up, x), up], axis=1)
+
+
+def _levelled(view: View, gravity_camera: Array) -> View:
+    crop = view.crop
+    roll = roll_of_gravity(crop.R_virtual_camera, gravity_camera)
+    if roll is None:
+        return replace(view, gravity_camera=gravity_camera)
+    middle = (crop.image.shape[0] - 1) / 2
+    cosine, sine = np.cos(roll), np.sin(roll)
+    turn = np.array([[cosine, -sine, 0.0], [sine, cosine, 0.0]])
+    turn[:, 2] = middle - turn[:, :2] @ [middle, middle]
+    size = crop.image.shape[:2]
+    image, mask = (cv2.warpAffine(one, turn, size, flags=cv2.INTER_LINEAR) for one in (crop.image, crop.mask))
+    R = exp(np.array([0.0, 0.0, roll])) @ crop.R_virtual_camera
+    return replace(
+        view,
+        crop=replace(crop, image=image, mask=mask, R_virtual_camera=R, roll_known=True),
+        gravity_camera=gravity_camera,
+    )
+
+
+def left_out(predictor: Predictor, latents: Tensor, R_virtual_object: Array) -> tuple[float, float | None]:
+    """How well keyframes foretell each other: each in turn is estimated from the others.
+
+    Args:
+        predictor: what made the latents.
+        latents: (K, D).
+        R_virtual_object: (K, 3, 3).
+
+    Returns:
+        The factor on the temperature under which the keyframes' own rotations are most probable, drawn towards one as
+        they are few; and the share within 30°. (1, None) for predictors for which this would take minutes.
+    """
+    count = len(latents)
+    if not isinstance(predictor, RotatedLatentPredictor) or count < _FEWEST:
+        return 1.0, None
+    logits, truths, hits = [], [], 0
+    for index in range(count):
+        others = np.arange(count) != index
+        reference = R_virtual_object[others][0]
+        bank = predict_bank(predictor, latents[others], free_rotations(), views=R_virtual_object[others] @ reference.T)
+        match = bank.match(latents[index], predictor.temperature)
+        truth = R_virtual_object[index] @ reference.T
+        logits.append(match.log_likelihood)
+        truths.append(int(np.argmax(bank.rotations.reshape(-1, 9) @ truth.ravel())))
+        best = bank.rotations[int(np.argmax(match.log_likelihood))]
+        hits += bool(geodesic_distance(best, truth) < np.radians(30))
+    factors = np.exp(np.linspace(np.log(0.7), np.log(3.0), 25))
+    cost = [
+        sum(logsumexp(one / factor) - one[truth] / factor for one, truth in zip(logits, truths, strict=True))
+        + 0.5 * (np.log(factor) / 0.2) ** 2
+        for factor in factors
+    ]
+    return float(factors[int(np.argmin(cost))]), hits / count
+
+
+@dataclass(frozen=True)
+class Averaged:
+    """Rotations that agree with each other.
+
+    Attributes:
+        rotations: (N, 3, 3) from a common frame to each view's virtual camera.
+        agreeing: (N,) share of each view's relative rotations that agree with the result within 30°.
+        residual_deg: median angle between a relative rotation and the result, of those that agree.
+        edges: relative rotations used.
+        outliers: how many of those do not agree.
+    """
+
+    rotations: Array
+    agreeing: Array
+    residual_deg: float
+    edges: int
+    outliers: int
+
+
+def average_rotations(latents: Tensor, gravity_virtual: Sequence[Array | None], temperature: float = 1.0) -> Averaged:
+    """Rotations of views from what their latents say about each pair of them.
+
+    Each pair gives up to three relative rotations, the modes of its distribution. Right ones close the triangles that
+    they are part of, wrong ones do so by chance only: that picks the mode, and its weight. A spanning tree of the
+    heaviest edges starts; iteratively reweighted least squares on the graph goes on (Chatterjee, Govindu, ICCV 2013).
+    Last, each view is matched with all others together, whose latents, turned into the common frame, add up.
+
+    Args:
+        latents: (N, (L+1)², C).
+        gravity_virtual: of each view; used where all have it, since only yaw is open then.
+        temperature: of the likelihood.
+    """
+    count = len(latents)
+    relative, mass = _pair_modes(latents, gravity_virtual, temperature)
+    # relative (N, N, M, 3, 3) maps j's axes to i's. Cycles i ← k ← j against i ← j, each through their best modes.
+    support = np.zeros((count, count, relative.shape[2]))
+    for k in range(count):
+        through = np.einsum("iaxy,jbyz->ijabxz", relative[:, k], np.swapaxes(relative[:, k], -1, -2))
+        weight = mass[:, k][:, None, :, None] * mass[:, k][None, :, None, :]
+        through = through.reshape(count, count, -1, 9)
+        weight = weight.reshape(count, count, -1)
+        trace = np.einsum("ijmx,ijcx->ijmc", relative.reshape(count, count, -1, 9), through)
+        angle = np.arccos(np.clip((trace - 1) / 2, -1, 1))
+        closing = (weight[:, :, None] * np.exp(-0.5 * (angle / _CLOSED) ** 2)).max(axis=-1)
+        closing[k], closing[:, k] = 0, 0
+        support += closing
+    strength = mass * support
+    best = strength.argmax(axis=-1)
+    edge = np.take_along_axis(relative, best[..., None, None, None], axis=2)[:, :, 0]
+    weight = np.take_along_axis(strength, best[..., None], axis=2)[..., 0]
+    weight = np.maximum(weight, weight.T)
+    np.fill_diagonal(weight, 0)
+    rotations = _averaged(edge, weight)
+    rotations = _matched_together(latents, rotations, gravity_virtual)
+    angle = geodesic_distance(edge, rotations[:, None] @ np.swapaxes(rotations, -1, -2)[None])
+    agrees = angle < _OUTLIER
+    pairs = np.triu_indices(count, 1)
+    agreeing = (agrees.sum(axis=1) - 1) / max(count - 1, 1)
+    inliers = angle[pairs][agrees[pairs]]
+    residual = float(np.degrees(np.median(inliers))) if len(inliers) else 180.0
+    return Averaged(rotations, agreeing, residual, len(pairs[0]), int((~agrees[pairs]).sum()))
+
+
+def _pair_modes(latents: Tensor, gravity_virtual: Sequence[Array | None], temperature: float) -> tuple[Array, Array]:
+    """Modes of each pair's distribution: rotations (N, N, M, 3, 3) from j to i, and their masses (N, N, M)."""
+    count = len(latents)
+    bandwidth = round(latents.shape[1] ** 0.5) - 1
+    level = all(one is not None for one in gravity_virtual)
+    shared = free_rotations()
+    shared_turns = None if level else flatten_d(wigner_d(torch.tensor(shared, dtype=torch.float32), bandwidth))
+    relative = np.broadcast_to(np.eye(3), (count, count, _MODES, 3, 3)).copy()
+    mass = np.zeros((count, count, _MODES))
+    for i in range(count):
+        if i == 0:
+            continue
+        both = correlation(latents[i][None].expand(i, -1, -1), latents[:i]).cpu()
+        scores = None if shared_turns is None else (shared_turns @ both.T).numpy()
+        for j in range(i):
+            if scores is not None:
+                grid, score = shared, scores[:, j]
+            else:
+                first, second = gravity_virtual[j], gravity_virtual[i]
+                assert first is not None and second is not None
+                grid = standing_rotations(first, second)
+                turns = flatten_d(wigner_d(torch.tensor(grid, dtype=torch.float32), bandwidth))
+                score = (turns @ both[j]).numpy()
+            probability = np.exp((score - score.max()) / temperature)
+            probability /= probability.sum()
+            left = probability.copy()
+            for mode in range(_MODES):
+                peak = int(np.argmax(left))
+                around = (grid.reshape(-1, 9) @ grid[peak].ravel() - 1) / 2 > np.cos(_OUTLIER)
+                relative[i, j, mode] = grid[peak]
+                mass[i, j, mode] = left[around].sum()
+                left[around] = 0
+            relative[j, i] = np.swapaxes(relative[i, j], -1, -2)
+            mass[j, i] = mass[i, j]
+    return relative, mass
+
+
+def _averaged(edge: Array, weight: Array) -> Array:
+    """Rotations (N, 3, 3) with R_i R_jᵀ near the edges (N, N, 3, 3), most those of large weight (N, N)."""
+    count = len(edge)
+    rotations = np.broadcast_to(np.eye(3), (count, 3, 3)).copy()
+    # Prim's spanning tree over the heaviest edges, from the view that agrees best with all others.
+    start = int(np.argmax(weight.sum(axis=1)))
+    inside = [start]
+    while len(inside) < count:
+        outside = [index for index in range(count) if index not in inside]
+        part = weight[np.ix_(outside, inside)]
+        row, column = np.unravel_index(np.argmax(part), part.shape)
+        i, j = outside[row], inside[column]
+        rotations[i] = edge[i, j] @ rotations[j]
+        inside.append(i)
+    for step in range(30):
+        # R_i exp(v_i) exp(−v_j) R_jᵀ = R_ij asks for v_i − v_j = log(R_iᵀ R_ij R_j): three Laplace systems.
+        residual = log(np.swapaxes(rotations, -1, -2)[:, None] @ edge @ rotations[None])
+        angle = np.linalg.norm(residual, axis=-1)
+        scale = _CLOSED if step < 10 else 0.5 * _CLOSED
+        used = weight / (1 + (angle / scale) ** 2) ** 2
+        laplacian = np.diag(used.sum(axis=1)) - used
+        update = np.linalg.lstsq(laplacian, (used[..., None] * residual).sum(axis=1), rcond=1e-9)[0]
+        rotations = rotations @ exp(update)
+        if np.abs(update).max() < 1e-4:
+            break
+    return rotations
+
+
+def _matched_together(
+    latents: Tensor, rotations: Array, gravity_virtual: Sequence[Array | None], sweeps: int = 3
+) -> Array:
+    """Each view turned to where all others together explain it best; ‖Σ D(R_k)ᵀ e_k‖ grows with every turn."""
+    bandwidth = round(latents.shape[1] ** 0.5) - 1
+    latents = latents.cpu()
+    rotations = rotations.copy()
+    level = all(one is not None for one in gravity_virtual)
+    axes = np.concatenate([np.eye(3), -np.eye(3)])
+
+    def common(views: Tensor, R: Array) -> Tensor:
+        return rotate(views, wigner_d(torch.tensor(np.swapaxes(R, -1, -2).copy(), dtype=torch.float32), bandwidth))
+
+    turned = common(latents, rotations)
+    for sweep in range(sweeps):
+        for index in range(len(latents)):
+            rest = turned.sum(dim=0) - turned[index]
+            both = correlation(latents[index][None], rest[None])[0]
+
+            def best(candidates: Array, both: Tensor = both) -> Array:
+                turns = flatten_d(wigner_d(torch.tensor(candidates, dtype=torch.float32), bandwidth))
+                return np.asarray(candidates[int(torch.argmax(turns @ both))])
+
+            here = rotations[index]
+            down = gravity_virtual[index] if level else None
+            if sweep == 0 and down is None:
+                here = best(np.concatenate([here[None], free_rotations()]))
+            elif sweep == 0 and down is not None:
+                turns = exp(np.arange(72)[:, None] * (2 * np.pi / 72) * down)
+                here = best(turns @ here)
+            for step in np.radians([8.0, 4.0, 2.0]):
+                turn = axes if down is None else np.stack([down, -down])
+                here = best(np.concatenate([here[None], exp(step * turn) @ here]))
+            rotations[index] = here
+            turned[index] = common(latents[index][None], here[None])[0]
+    return rotations

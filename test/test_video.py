@@ -1,0 +1,255 @@
+"""Walks: which frames are used, where the object frame comes from, and what keyframes add. Weights are the shipped."""
+
+import json
+from dataclasses import replace
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nope_ros import InputError, PoseEstimator
+from nope_ros.evaluation.protocol import EvaluationObject, EvaluationSet, View
+from nope_ros.evaluation.walk import evaluate_walks
+from nope_ros.frame import Frame
+from nope_ros.harmonics import rotate, wigner_d
+from nope_ros.match import TemplateBank, ViewsBank, predict_bank, view_weights
+from nope_ros.prior import free_rotations
+from nope_ros.rotations import exp, geodesic_distance, icosphere, look_at
+from nope_ros.store import ObjectStore
+from nope_ros.training.procedural import procedural_object
+from nope_ros.training.render import Lighting, render
+from nope_ros.video import Walk, average_rotations, farthest, meeting_point
+
+K = np.array([[400.0, 0, 159.5], [0, 400.0, 119.5], [0, 0, 1]])
+MESH = procedural_object(11).normalised()[0]
+CENTRE = np.array([0.3, -0.2, 0.5])  # of the object in the fixed frame
+ROUND = [np.array([np.cos(a), np.sin(a), 0.6]) for a in np.arange(10) * 2 * np.pi / 10]
+
+
+@pytest.fixture(scope="module")
+def estimator():
+    return PoseEstimator.from_pretrained(device="cpu")
+
+
+def camera(direction, distance=6.0, roll=0.0):
+    """Pose of the fixed frame in a camera that looks at the object."""
+    R = exp(np.array([0, 0, roll])) @ look_at(direction)
+    return R, np.array([0, 0, distance]) - R @ CENTRE
+
+
+def photograph(pose, shift=(0.0, 0.0)):
+    R, t = pose
+    intrinsics = K + np.array([[0, 0, shift[0]], [0, 0, shift[1]], [0, 0, 0.0]])
+    view = render(MESH, R, t + R @ CENTRE, intrinsics, 320, 240, lighting=Lighting.uniform())
+    return Frame.from_arrays(view.rgb, view.mask, intrinsics)
+
+
+@pytest.fixture(scope="module")
+def frames():
+    return [photograph(camera(direction)) for direction in ROUND]
+
+
+@pytest.fixture(scope="module")
+def registered(estimator, frames):
+    down = [camera(direction)[0] @ [0, 0, -1.0] for direction in ROUND]
+    poses = [camera(direction) for direction in ROUND]
+    return estimator.register_views(frames, poses=poses, gravity_camera=down, object_id="walked")
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10_000))
+def test_rays_meet_where_they_were_aimed_and_a_stray_one_is_told(seed):
+    rng = np.random.default_rng(seed)
+    point = rng.normal(size=3)
+    directions = rng.normal(size=(9, 3))
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    centres = point - directions * rng.uniform(1, 5, (9, 1))
+    centres[0] += 3 * np.cross(directions[0], rng.normal(size=3))
+    found, distances = meeting_point(centres, directions)
+    np.testing.assert_allclose(found, point, atol=1e-3)
+    assert distances.argmax() == 0
+
+
+def test_keyframes_are_spread_and_skip_what_shows_nothing_new():
+    directions = np.concatenate([icosphere(1)[:1], icosphere(1)[:1], icosphere(1)])
+    chosen = farthest(directions, 12)
+    apart = np.arccos(np.clip(directions[chosen] @ directions[chosen].T, -1, 1)) + 9 * np.eye(len(chosen))
+    assert np.degrees(apart.min()) > 30
+    assert len(farthest(directions[:2], 12)) == 1
+    blurred_first = farthest(directions, 12, np.arange(len(directions), dtype=float))
+    assert blurred_first[0] == 0  # the reference stays the first frame
+
+
+def test_the_frame_of_a_walk_is_where_the_rays_meet_with_z_up_and_the_first_camera_ahead(registered):
+    keyframes = registered.keyframes
+    assert keyframes.provenance.poses == "given"
+    assert keyframes.provenance.up == "gravity"
+    assert keyframes.provenance.scale == "poses"
+    assert registered.metric
+    np.testing.assert_allclose(keyframes.t_fixed_object, CENTRE, atol=0.15)  # of an object of radius 1
+    np.testing.assert_allclose(keyframes.R_fixed_object[:, 2], [0, 0, 1], atol=1e-6)
+    towards = keyframes.directions[0]
+    assert abs(np.degrees(np.arctan2(towards[1], towards[0]))) < 0.1
+    assert keyframes.names[0] == "frame 0"
+    assert registered.reference.distance == pytest.approx(6.0, abs=0.2)
+    assert 0.5 < registered.reference.distance * registered.reference.angular_radius < 1.1
+
+
+@pytest.mark.parametrize("prior", ["free", "upright", "standing"])
+def test_an_unseen_view_is_found_in_the_frame_of_the_walk(estimator, registered, prior):
+    errors = []
+    for angle in (0.3, 2.2, 4.1):
+        pose = camera(np.array([np.cos(angle), np.sin(angle), 0.75]))
+        seen = photograph(pose)
+        down = pose[0] @ [0, 0, -1.0]
+        (found,) = estimator.estimate_frame(seen, [registered], prior=prior, gravity_camera=down)
+        R_true = pose[0] @ registered.keyframes.R_fixed_object
+        errors.append(np.degrees(geodesic_distance(found.R_camera_object, R_true)))
+        t_true = pose[1] + pose[0] @ registered.keyframes.t_fixed_object
+        assert np.linalg.norm(found.t_camera_object - t_true) < 0.2 * 6
+    assert np.median(errors) < 25
+
+
+def test_each_bad_frame_is_refused_with_its_reason(frames):
+    walk = Walk(96)
+    for index, frame in enumerate(frames):
+        walk.add(str(index), frame, pose=camera(ROUND[index]))
+    assert not walk.refused
+    assert "border" in walk.add("cut", photograph(camera(ROUND[1]), shift=(150.0, 0.0))).reason
+    split = frames[2].mask.copy()
+    x0, _, x1, _ = frames[2].bbox_xyxy
+    split[:, (x0 + x1) // 2 - 8 : (x0 + x1) // 2 + 8] = False
+    assert "pieces" in walk.add("split", Frame(frames[2].image, split, frames[2].camera)).reason
+
+
+def test_blur_and_wrong_masks_are_told_by_the_frames_next_to_them(estimator, frames):
+    walk = Walk(96)
+    textured = []
+    rng = np.random.default_rng(0)
+    for frame in frames:
+        noise = cv2.GaussianBlur(rng.normal(0, 60, frame.image.shape).astype(np.float32), (0, 0), 1.2)
+        textured.append(replace(frame, image=np.clip(frame.image + noise, 0, 255).astype(np.uint8)))
+    for index, frame in enumerate(textured):
+        image, mask = frame.image, frame.mask
+        if index == 4:
+            image = cv2.GaussianBlur(image, (0, 0), 4.0)
+        if index == 7:
+            x0, y0, x1, y1 = frame.bbox_xyxy
+            mask = mask.copy()
+            mask[:, x0 + (x1 - x0) // 4 :] = False
+            mask[: y0 + (y1 - y0) // 3] = False
+        try:
+            walk.add(str(index), Frame(image, mask, frame.camera), pose=camera(ROUND[index]))
+        except InputError as error:
+            walk.refuse(str(index), str(error))
+    registered = estimator.register_walk(walk)
+    assert registered.keyframes.provenance.refused >= 2
+    assert not {"4", "7"} & set(registered.keyframes.names)
+
+
+def test_too_few_frames_say_why(estimator, frames):
+    walk = Walk(96)
+    for _ in range(5):
+        walk.add("cut", photograph(camera(ROUND[1]), shift=(150.0, 0.0)))
+    walk.add("good", frames[0])
+    with pytest.raises(InputError, match=r"1 of 6 frames can be used.*border"):
+        estimator.register_walk(walk)
+
+
+def test_poses_that_look_elsewhere_are_refused(estimator, frames):
+    poses = [camera(direction) for direction in ROUND]
+    inverted = [(R.T, -R.T @ t) for R, t in poses]
+    with pytest.raises(InputError, match="poses"):
+        estimator.register_views(frames, poses=inverted)
+    with pytest.raises(InputError, match="poses: 3 given for 10 frames"):
+        estimator.register_views(frames, poses=poses[:3])
+
+
+def test_without_gravity_the_way_round_is_the_turntables_axis(estimator, frames):
+    registered = estimator.register_views(frames, poses=[camera(direction) for direction in ROUND])
+    assert registered.keyframes.provenance.up == "turntable"
+    assert registered.gravity_known
+    np.testing.assert_allclose(registered.keyframes.R_fixed_object[:, 2], [0, 0, 1], atol=0.05)
+
+
+def exact_latents(count, seed, noise=0.0):
+    """Latents that turn as the predictor says they do, and the rotations."""
+    rng = np.random.default_rng(seed)
+    R = np.stack([exp(rng.normal(size=3) * 2) for _ in range(count)])
+    base = torch.from_numpy(rng.normal(size=(1, 81, 8))).float()
+    turned = rotate(base.expand(count, -1, -1), wigner_d(torch.from_numpy(R).float(), 8))
+    return turned + noise * torch.from_numpy(rng.normal(size=turned.shape)).float(), R
+
+
+def test_rotations_are_averaged_over_the_graph_and_strangers_are_found():
+    latents, R = exact_latents(9, 1, noise=0.7)
+    latents[3] = torch.randn(81, 8, generator=torch.Generator().manual_seed(0))
+    found = average_rotations(latents, [None] * 9, temperature=10.0)
+    good = [index for index in range(9) if index != 3]
+    offsets = np.swapaxes(found.rotations[good], 1, 2) @ R[good]
+    spread = np.degrees(geodesic_distance(offsets, offsets[0]))
+    assert spread.max() < 5
+    assert found.agreeing[3] < 0.5 < found.agreeing[good].min()
+    assert found.outliers >= 4
+    assert found.residual_deg < 10  # of edges on a grid of 15°
+
+
+def test_views_agree_on_the_rotation_that_all_of_them_show(estimator):
+    predictor = estimator.predictor
+    rng = np.random.default_rng(3)
+    base = torch.from_numpy(rng.normal(size=(1, *predictor.latent_shape))).float()
+    R = np.stack([exp(rng.normal(size=3)) for _ in range(5)])
+    latents = rotate(base.expand(5, -1, -1), wigner_d(torch.from_numpy(R).float(), 8)).flatten(1)
+    views = R @ R[0].T
+    bank = predict_bank(predictor, latents, free_rotations(), views=views)
+    assert isinstance(bank, ViewsBank)
+    target = free_rotations()[1234]
+    query = rotate(latents[:1].reshape(1, *predictor.latent_shape), wigner_d(torch.tensor(target[None]).float(), 8))
+    match = bank.match(query.flatten(), predictor.temperature)
+    assert int(match.log_likelihood.argmax()) == 1234
+    assert match.similarity[1234] == pytest.approx(1.0, abs=1e-4)
+    # Where templates are stored, each comes from the view nearest to it.
+    some = free_rotations()[::97]
+    stored = TemplateBank.predict_nearest(predictor, latents, some, views)
+    alone = TemplateBank.predict(predictor, latents[0], some)
+    torch.testing.assert_close(stored.templates.float(), alone.templates.float(), atol=0.1, rtol=0.05)
+
+
+def test_weights_follow_the_viewing_direction_only():
+    views = np.stack([np.eye(3), exp(np.array([0, 1.2, 0]))])
+    rolled = exp(np.array([0, 0, 2.0])) @ views
+    weights = view_weights(rolled, views)
+    np.testing.assert_allclose(weights.sum(axis=1), 1)
+    assert weights[0, 0] > 0.99
+    assert weights[1, 1] > 0.99
+
+
+def test_a_walk_survives_a_restart(tmp_path, estimator, registered, frames):
+    store = ObjectStore(tmp_path)
+    store.save(registered)
+    (loaded,) = store.load_all(estimator.predictor).objects
+    assert loaded.keyframes.names == registered.keyframes.names
+    assert loaded.keyframes.provenance == registered.keyframes.provenance
+    for one, other in zip(
+        *(estimator.estimate_frame(frames[3], [each], prior="free") for each in (loaded, registered)), strict=True
+    ):
+        np.testing.assert_allclose(one.distribution.probabilities, other.distribution.probabilities, atol=1e-6)
+
+
+def test_evaluation_keeps_keyframes_and_queries_apart(estimator):
+    def view(index, direction):
+        R, t = camera(direction)
+        return View(str(index), R, t + R @ CENTRE, None, lambda: photograph((R, t)))
+
+    views = tuple(view(index, direction) for index, direction in enumerate(ROUND))
+    found = EvaluationSet("photos", "here", 1, lambda: iter([EvaluationObject("one", views, (), ("free",))]))
+    report = evaluate_walks(found, estimator, ("free",), keyframes=5)
+    values = json.loads(report.to_json())
+    assert values["single"]["pairs"] == values["video"]["pairs"] == 5
+    assert {score.query for score in report.scores}.isdisjoint({score.reference for score in report.scores})
+    assert values["video"]["acc30"] >= values["single"]["acc30"]
+    noisy = evaluate_walks(found, estimator, ("free",), keyframes=5, pose_noise_deg=5.0)
+    assert noisy.to_dict()["pose_noise_deg"] == 5.0
