@@ -385,26 +385,28 @@ def _without_outliers(views: list[View], refused: list[Refusal], given: bool) ->
     """Views that are neither blurred nor of another size than those taken next to them, or from about there."""
     count = len(views)
     order = np.arange(count)
-    near = np.abs(order[:, None] - order) <= _NEIGHBOURS
+    beside = near = np.abs(order[:, None] - order) <= _NEIGHBOURS
     size = np.array([view.crop.angular_radius for view in views])
     if given:
         forward = np.stack([view.crop.R_virtual_camera[2] @ _pose(view)[0] for view in views])
-        near = forward @ forward.T > np.cos(_NEAR)
+        cosine = forward @ forward.T
+        near = cosine > np.cos(_NEAR)
+        # What detail there is to see changes less from side to side than the outline does: the nearest will do.
+        beside = near | (cosine >= -np.sort(-cosine, axis=1)[:, [min(_NEIGHBOURS, count - 1)]])
         centres = np.stack([-_pose(view)[0].T @ _pose(view)[1] for view in views])
         middle = meeting_point(centres, forward)[0]
         size = size * np.linalg.norm(centres - middle, axis=1)
-    np.fill_diagonal(near, False)
+    beside, near = (one & ~np.eye(count, dtype=bool) for one in (beside, near))
     detail = np.array([view.sharpness for view in views])
     kept = []
     for index, view in enumerate(views):
-        others = near[index]
-        if others.sum() >= 3:
-            usual = float(np.median(detail[others]))
-            if detail[index] < _BLURRED * usual:
-                share = detail[index] / usual
+        if beside[index].sum() >= 3:
+            share = float(detail[index] / np.median(detail[beside[index]]))
+            if share < _BLURRED:
                 refused.append(Refusal(view.name, f"blurred: {share:.0%} of the detail of the frames next to it"))
                 continue
-            ratio = float(size[index] / np.median(size[others]))
+        if near[index].sum() >= 3:
+            ratio = float(size[index] / np.median(size[near[index]]))
             if not 1 / _SIZE_JUMP < ratio < _SIZE_JUMP:
                 refused.append(
                     Refusal(view.name, f"the mask shows the object {ratio:.1f} times as large as the frames next to it")
