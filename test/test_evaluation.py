@@ -7,6 +7,7 @@ from dataclasses import replace
 import cv2
 import numpy as np
 import pytest
+import torch
 from scipy.spatial.transform import Rotation
 
 from nope_ros.crop import virtual_crop
@@ -14,11 +15,15 @@ from nope_ros.distribution import RotationDistribution
 from nope_ros.estimator import PoseEstimator
 from nope_ros.evaluation import evaluate
 from nope_ros.evaluation.baselines import (
+    BOX_FOR_MASK,
     CHANCE,
     GRID_ONLY,
     NO_MOTION,
+    NO_PRIOR,
     NOT_TURNED,
     OURS,
+    PAPER_FORM,
+    REGRESSION,
     SIFT,
     EstimatorMethod,
     NoMotion,
@@ -31,8 +36,10 @@ from nope_ros.evaluation.photos import photo_set
 from nope_ros.evaluation.protocol import Answer, Observation, Occluder, draw_pairs
 from nope_ros.evaluation.symmetry import NO_SYMMETRY, Symmetry, SymmetryCache, find_symmetry
 from nope_ros.frame import Frame, InputError
-from nope_ros.latent import RotatedLatentPredictor
+from nope_ros.latent import PaperUNetPredictor, RotatedLatentPredictor
+from nope_ros.models.paper_unet import PaperUNet, PaperUNetConfig
 from nope_ros.models.rotated_latent import RotatedLatentConfig, RotatedLatentNetwork
+from nope_ros.models.rotation_regression import RotationRegression, RotationRegressionConfig
 from nope_ros.prior import PRIORS, elevation, free_rotations, hypotheses
 from nope_ros.rotations import exp, geodesic_distance, look_at
 from nope_ros.training import calibrate, render_cache
@@ -681,13 +688,51 @@ def test_what_an_ablation_leaves_out(photos, estimator):
     for prior in PRIORS:
         parts = {
             name: [one for one in report.scores if one.method == name and one.protocol == prior]
-            for name in (OURS, GRID_ONLY, NOT_TURNED)
+            for name in (OURS, GRID_ONLY, NOT_TURNED, BOX_FOR_MASK, NO_PRIOR)
         }
-        for full, grid, turned in zip(*parts.values(), strict=True):
+        for full, grid, turned, boxed, anything in zip(*parts.values(), strict=True):
             assert full.delta_R != grid.delta_R
             assert full.calibration == grid.calibration
             # A crop is turned by some degrees.
             assert 0.2 < np.degrees(geodesic_distance(full.delta_R, turned.delta_R)) < 10
+            assert full.calibration != boxed.calibration
+            assert (full.delta_R == anything.delta_R) == (prior == "free")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Folders of weights that nobody trained."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("trained")
+    sizes = RotationRegressionConfig(crop_size=32, widths=(8, 8, 8), compared=16, hidden=16)
+    RotationRegression(sizes).save_pretrained(folder / "regression")
+    config = PaperUNetConfig(crop_size=16, vae_widths=(8, 8), unet_widths=(32, 32), heads=2, context=16)
+    PaperUNetPredictor(PaperUNet(config), device="cpu", batch_size=1024).save_pretrained(folder / "unet")
+    return folder
+
+
+def test_what_trained_baselines_may_answer(photos, trained):
+    methods = evaluate.trained_baselines(trained / "regression", trained / "unet", "cpu")
+    found = photo_set(photos, references=1, objects=["tripod"], pairs=2)
+    report = evaluate.evaluate_set(found, methods, PRIORS)
+    views = {view.name: view for view in next(iter(found.objects())).views}
+    assert {one.method for one in report.scores} == {REGRESSION, PAPER_FORM}
+    for one in report.scores:
+        reference, query = views[one.reference], views[one.query]
+        delta_R = np.array(one.delta_R)
+        assert delta_R @ delta_R.T == pytest.approx(np.eye(3), abs=1e-5)
+        if one.protocol == "standing":
+            # Gravity turns from the one camera to the other, if the object stands; truth does so too.
+            assert delta_R @ reference.gravity_camera == pytest.approx(query.gravity_camera, abs=1e-5)
+
+
+def test_weights_of_another_kind_are_refused(trained, tmp_path):
+    with pytest.raises(InputError, match="paper_unet"):
+        evaluate.trained_baselines(trained / "unet", None, "cpu")
+    with pytest.raises(InputError):
+        evaluate.trained_baselines(None, trained / "regression", "cpu")
+    with pytest.raises(InputError, match="no usable weights"):
+        evaluate.trained_baselines(tmp_path, None, "cpu")
 
 
 def test_chance_and_no_motion(photos, estimator):

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from nope_ros.crop import Crop, virtual_crop
 from nope_ros.distribution import RotationDistribution
 from nope_ros.estimator import PoseEstimator
 from nope_ros.evaluation.protocol import Answer, Observation, generator
-from nope_ros.frame import Frame
-from nope_ros.prior import Prior, hypotheses
-from nope_ros.rotations import turn_to
+from nope_ros.frame import Frame, InputError
+from nope_ros.latent import PaperUNetPredictor, crops_to_tensor, load_predictor, resolve_device
+from nope_ros.match import Bank, predict_bank
+from nope_ros.models.rotation_regression import RotationRegression
+from nope_ros.prior import Hypotheses, Prior, hypotheses
+from nope_ros.rotations import rotation_grid, turn_to
 
 Array = NDArray[np.float64]
 
@@ -25,6 +31,10 @@ NO_MOTION = "no motion"
 SIFT = "SIFT"
 GRID_ONLY = "ours, grid rotation only"
 NOT_TURNED = "ours, crop not turned back"
+BOX_FOR_MASK = "ours, box for a mask"
+NO_PRIOR = "ours, gravity only levels the crop"
+REGRESSION = "rotation regression"
+PAPER_FORM = "NOPE's paper form"
 
 
 class EstimatorMethod:
@@ -87,6 +97,40 @@ class NotTurnedBack(EstimatorMethod):
         ]
 
 
+class BoxForMask(EstimatorMethod):
+    """Ours, but of the object's outline no more is known than the box around it."""
+
+    def __init__(self, estimator: PoseEstimator) -> None:
+        super().__init__(estimator, BOX_FOR_MASK)
+
+    def register(self, reference: Observation, R_camera_object: Array, t_camera_object: Array) -> Any:
+        """Ours, of the box."""
+        return super().register(_boxed(reference), R_camera_object, t_camera_object)
+
+    def estimate(self, registered: list[Any], query: Observation, prior: Prior) -> list[Answer]:
+        """Ours, of the box."""
+        return super().estimate(registered, _boxed(query), prior)
+
+
+def _boxed(observation: Observation) -> Observation:
+    frame = observation.frame
+    x0, y0, x1, y1 = frame.bbox_xyxy
+    mask = np.zeros_like(frame.mask)
+    mask[y0:y1, x0:x1] = True
+    return replace(observation, frame=Frame(frame.image, mask, frame.camera, frame.depth))
+
+
+class NoPrior(EstimatorMethod):
+    """Ours, but any rotation is thought possible; gravity still levels the crops. Under ``free`` the same as ours."""
+
+    def __init__(self, estimator: PoseEstimator) -> None:
+        super().__init__(estimator, NO_PRIOR)
+
+    def estimate(self, registered: list[Any], query: Observation, prior: Prior) -> list[Answer]:
+        """Ours, on the free grid."""
+        return super().estimate(registered, query, "free")
+
+
 def _turn(observation: Observation) -> Array:
     # The crop's rotation without its roll, which gravity asks for in either case.
     return turn_to(_crop(observation)[0].R_virtual_camera[2])
@@ -138,12 +182,6 @@ class Chance:
             drawn = rng.choice(len(flat), p=knows.probabilities)
             answers.append(Answer(egocentric.rotations[drawn]))
         return answers
-
-
-def _crop(observation: Observation) -> tuple[Crop, Array | None]:
-    gravity = observation.gravity_camera
-    crop = virtual_crop(observation.frame, 16, gravity)
-    return crop, None if gravity is None else crop.R_virtual_camera @ gravity
 
 
 @dataclass(frozen=True)
@@ -227,3 +265,131 @@ class SiftEssential:
         _, R, _, _ = cv2.recoverPose(essential[:3], first, second, np.eye(3), mask=inliers)
         rotation: Array = np.asarray(R, dtype=np.float64)
         return rotation if np.isfinite(rotation).all() else np.eye(3)
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """A reference as a network keeps it: its crop, gravity in that, and features or a latent."""
+
+    crop: Crop
+    gravity_virtual: Array | None
+    features: Tensor
+    banks: dict[Prior | bool, Bank] = field(default_factory=dict)
+
+
+def _crop(observation: Observation, size: int = 16) -> tuple[Crop, Array | None]:
+    """The crop, and gravity (3,) in its virtual camera."""
+    gravity = observation.gravity_camera
+    crop = virtual_crop(observation.frame, size, gravity)
+    return crop, None if gravity is None else crop.R_virtual_camera @ gravity
+
+
+def _egocentric(delta_R_virtual: Array, query: Crop, reference: Crop) -> Array:
+    turned: Array = query.R_virtual_camera.T @ delta_R_virtual @ reference.R_virtual_camera
+    return turned
+
+
+def _nearest(rotations: Array, R: Array) -> int:
+    """Index of the rotation (of (N, 3, 3)) nearest to R (3, 3)."""
+    return int(np.argmax(rotations.reshape(-1, 9) @ R.ravel()))
+
+
+def _possible(prior: Prior, reference: Array | None, query: Array | None) -> Hypotheses:
+    found = hypotheses(prior, reference, query)
+    allowed = np.isfinite(found.log_weight)
+    return Hypotheses(found.rotations[allowed], found.log_weight[allowed], found.spacing)
+
+
+class RegressionMethod:
+    """The rotation straight from both crops (PIZZA's form); where gravity is known, the possible one nearest to it.
+
+    Args:
+        weights: folder that ``nope-ros train`` wrote for ``kind: regression``.
+        device: "auto", "cpu", "cuda", ...
+
+    Raises:
+        InputError: if there are no such weights.
+    """
+
+    name = REGRESSION
+
+    def __init__(self, weights: Path, device: str = "auto") -> None:
+        self._device = resolve_device(device)
+        self._network = RotationRegression.from_pretrained(weights).to(self._device)
+
+    def register(self, reference: Observation, R_camera_object: Array, t_camera_object: Array) -> Any:
+        """Features of its crop."""
+        crop, gravity = _crop(reference, self._network.config.crop_size)
+        return _Encoded(crop, gravity, self._features(crop))
+
+    def _features(self, crop: Crop) -> Tensor:
+        pixels = torch.from_numpy(np.dstack([crop.image, crop.mask])).permute(2, 0, 1)[None]
+        return self._network.features(crops_to_tensor(pixels.to(self._device)))
+
+    def estimate(self, registered: list[Any], query: Observation, prior: Prior) -> list[Answer]:
+        """One pass of the head for each reference."""
+        crop, gravity = _crop(query, self._network.config.crop_size)
+        features = self._features(crop)
+        answers = []
+        for reference in registered:
+            R = self._network.compare(reference.features, features)[0].double().cpu().numpy()
+            if prior != "free":
+                rotations = _possible(prior, reference.gravity_virtual, gravity).rotations
+                R = rotations[_nearest(rotations, R)]
+            answers.append(Answer(_egocentric(R, crop, reference.crop)))
+        return answers
+
+
+class PaperForm:
+    """NOPE's own form: the nearest template that its U-Net predicts.
+
+    As in the paper templates are viewpoints, 341 on either side of the object's horizon; under ``standing`` a turn
+    about the vertical gets the score of the viewpoint nearest to it. For ``free``, which the paper has not, they are
+    576 rotations 30° apart: the U-Net is too slow for the finer grid.
+
+    Args:
+        weights: folder that ``nope-ros train`` wrote for ``kind: paper_unet``.
+        device: "auto", "cpu", "cuda", ...
+
+    Raises:
+        InputError: if there are no such weights.
+    """
+
+    name = PAPER_FORM
+
+    def __init__(self, weights: Path, device: str = "auto") -> None:
+        predictor = load_predictor(weights, device=device)
+        if not isinstance(predictor, PaperUNetPredictor):
+            raise InputError(f"paper form: {weights} holds a {predictor.kind}; train one with kind: paper_unet")
+        self._predictor = predictor
+
+    def register(self, reference: Observation, R_camera_object: Array, t_camera_object: Array) -> Any:
+        """Its latent; templates are predicted when they are asked for."""
+        crop, gravity = _crop(reference, self._predictor.crop_size)
+        return _Encoded(crop, gravity, self._predictor.encode([crop])[0])
+
+    def estimate(self, registered: list[Any], query: Observation, prior: Prior) -> list[Answer]:
+        """The best template's rotation."""
+        crop, gravity = _crop(query, self._predictor.crop_size)
+        latent = self._predictor.encode([crop])[0]
+        answers = []
+        for reference in registered:
+            bank = self._bank(reference, gravity, prior)
+            score = bank.match(latent, 1.0).log_likelihood
+            rotations = bank.rotations
+            if prior == "standing":
+                rotations = _possible(prior, reference.gravity_virtual, gravity).rotations
+                score = score[[_nearest(bank.rotations, R) for R in rotations]]
+            answers.append(Answer(_egocentric(rotations[np.argmax(score)], crop, reference.crop)))
+        return answers
+
+    def _bank(self, reference: _Encoded, gravity: Array | None, prior: Prior) -> Bank:
+        # One for the free grid, and one for each side of the horizon.
+        key: Prior | bool = prior if gravity is None or prior == "free" else bool(gravity[2] < 0)
+        if key not in reference.banks:
+            if key == "free":
+                rotations = rotation_grid(1)
+            else:
+                rotations = _possible("upright", reference.gravity_virtual, gravity).rotations
+            reference.banks[key] = predict_bank(self._predictor, reference.features, rotations)
+        return reference.banks[key]

@@ -21,11 +21,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from nope_ros.evaluation.photos import read_image
+from nope_ros.evaluation.photos import read_frame
 from nope_ros.evaluation.protocol import REFERENCES, EvaluationObject, EvaluationSet, View, generator
 from nope_ros.evaluation.symmetry import NO_SYMMETRY, Symmetry
 from nope_ros.frame import Frame, InputError
@@ -178,5 +177,5 @@ def _read_frame(scene: Path, image: int, mask: Path, K: Array) -> Frame:
         for suffix in _SUFFIXES:
             path = scene / folder / f"{image:06d}{suffix}"
             if path.is_file():
-                return Frame.from_arrays(read_image(path), read_image(mask, cv2.IMREAD_GRAYSCALE), K)
+                return read_frame(path, mask, K)
     raise InputError(f"bop: {scene} has no image {image:06d} in rgb/ or gray/")

@@ -21,11 +21,17 @@ from rich.table import Table
 from nope_ros.estimator import PoseEstimator
 from nope_ros.evaluation.baselines import (
     OURS,
+    PAPER_FORM,
+    REGRESSION,
+    BoxForMask,
     Chance,
     EstimatorMethod,
     GridOnly,
     NoMotion,
+    NoPrior,
     NotTurnedBack,
+    PaperForm,
+    RegressionMethod,
     SiftEssential,
 )
 from nope_ros.evaluation.metrics import PairScore, Scores, calibration
@@ -363,12 +369,26 @@ def _angle(R_a: Array, R_b: Array) -> float:
 def methods_for(
     estimator: PoseEstimator, *, baselines: bool = False, ablations: bool = False, seed: int = 0
 ) -> list[Method]:
-    """Ours; with ``ablations``, ours with a part removed; with ``baselines``, what it is compared with."""
+    """Ours; with ``ablations``, ours with a part removed; with ``baselines``, what needs no training."""
     methods: list[Method] = [EstimatorMethod(estimator)]
     if ablations:
-        methods += [GridOnly(estimator), NotTurnedBack(estimator)]
+        methods += [GridOnly(estimator), NotTurnedBack(estimator), BoxForMask(estimator), NoPrior(estimator)]
     if baselines:
         methods += [Chance(seed), NoMotion(), SiftEssential()]
+    return methods
+
+
+def trained_baselines(regression: Path | None, paper_form: Path | None, device: str = "auto") -> list[Method]:
+    """The baselines whose weights are given.
+
+    Raises:
+        InputError: if weights cannot be used.
+    """
+    methods: list[Method] = []
+    if regression is not None:
+        methods.append(RegressionMethod(regression, device))
+    if paper_form is not None:
+        methods.append(PaperForm(paper_form, device))
     return methods
 
 
@@ -522,6 +542,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             "--occlusion", type=float, default=0.0, metavar="SHARE", help="of each query's box to hide (%(default)s)"
         )
         kind.add_argument("--baselines", action="store_true", help="add chance, no motion, SIFT + essential matrix")
+        kind.add_argument("--regression-weights", type=Path, metavar="DIR", help=f"add {REGRESSION} with these weights")
+        kind.add_argument("--unet-weights", type=Path, metavar="DIR", help=f"add {PAPER_FORM} with these weights")
         kind.add_argument("--ablations", action="store_true", help="add ours with a part removed")
         kind.add_argument("--per-object", action="store_true", help="a row for each object")
         kind.add_argument("--json", type=Path, metavar="OUT", help="write the figures to this file")
@@ -631,10 +653,11 @@ def run(args: argparse.Namespace, progress: bool = True) -> tuple[Report, Evalua
         raise InputError(f"--pairs: {args.pairs} is not positive")
     sets = _sets(args, protocols)
     estimator = PoseEstimator.from_pretrained(args.predictor, device=args.device, refinement=args.refinement)
+    trained = trained_baselines(args.regression_weights, args.unet_weights, args.device)
     reports = [
         evaluate_set(
             found,
-            methods_for(estimator, baselines=args.baselines, ablations=args.ablations, seed=seed),
+            [*methods_for(estimator, baselines=args.baselines, ablations=args.ablations, seed=seed), *trained],
             protocols,
             seed=seed,
             occlusion=args.occlusion,
@@ -662,6 +685,10 @@ def main(args: argparse.Namespace) -> int:
     console.print(report.table(objects=args.per_object))
     for line in report.skipped:
         console.print(f"not used: {line}", style="yellow", highlight=False)
+    if args.baselines:
+        for name, option in ((REGRESSION, "--regression-weights"), (PAPER_FORM, "--unet-weights")):
+            if getattr(args, option[2:].replace("-", "_")) is None:
+                console.print(f"not compared: {name}, which has to be trained; give {option} DIR", style="yellow")
     if not report.scores:
         console.print("nothing was evaluated: the set has no pairs for these protocols", style="red")
         return 1

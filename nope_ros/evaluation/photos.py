@@ -37,6 +37,15 @@ def read_image(path: Path, flags: int = cv2.IMREAD_COLOR) -> NDArray[np.uint8]:
     return np.ascontiguousarray(image[..., ::-1]) if flags == cv2.IMREAD_COLOR else image
 
 
+def read_frame(image: Path, mask: Path, K: NDArray[np.float64]) -> Frame:
+    """One undistorted image of an object: files of the image and of the mask (above 127 is the object), K (3, 3).
+
+    Raises:
+        InputError: if a file cannot be read, or they do not fit each other.
+    """
+    return Frame.from_arrays(read_image(image), read_image(mask, cv2.IMREAD_GRAYSCALE) > 127, K)
+
+
 def photo_set(
     folder: Path,
     seed: int = 0,
@@ -99,9 +108,5 @@ def _view(folder: Path, image: dict[str, Any], up: NDArray[np.float64] | None) -
         R_camera_object=R,
         t_camera_object=np.array(image["t"], dtype=np.float64).reshape(3),
         gravity_camera=None if up is None else -R @ up,
-        read=partial(_read_frame, folder / image["file"], folder / image["mask"], K),
+        read=partial(read_frame, folder / image["file"], folder / image["mask"], K),
     )
-
-
-def _read_frame(image: Path, mask: Path, K: NDArray[np.float64]) -> Frame:
-    return Frame.from_arrays(read_image(image), read_image(mask, cv2.IMREAD_GRAYSCALE) > 127, K)
