@@ -57,6 +57,12 @@ def _benchmark(words: Words) -> int:
     return benchmark.main(words)
 
 
+def _report(words: Words) -> int:
+    from nope_ros.evaluation import report
+
+    return report.main(words)
+
+
 def _render(words: Words) -> int:
     from nope_ros.training import render_cache
 
@@ -163,6 +169,7 @@ COMMANDS = (
     Command("register", _register, "an object of which there is a mesh"),
     Command("evaluate", _evaluate, "figures on photographs, meshes, procedural objects or BOP"),
     Command("benchmark", _benchmark, "times of ours and of the paper's way, side by side"),
+    Command("report", _report, "the document of all figures, docs/benchmark.md"),
     Command("render", _render, "training images of meshes and procedural objects"),
     Command("train", _train, "learn weights from rendered images"),
     Command("reference", _reference, "the node's topics and parameters (needs ROS)"),

@@ -374,8 +374,13 @@ def methods_for(
     if ablations:
         methods += [GridOnly(estimator), NotTurnedBack(estimator), BoxForMask(estimator), NoPrior(estimator)]
     if baselines:
-        methods += [Chance(seed), NoMotion(), SiftEssential()]
+        methods += plain_baselines(seed)
     return methods
+
+
+def plain_baselines(seed: int = 0) -> list[Method]:
+    """Chance, no motion, SIFT: what needs no weights."""
+    return [Chance(seed), NoMotion(), SiftEssential()]
 
 
 def trained_baselines(regression: Path | None, paper_form: Path | None, device: str = "auto") -> list[Method]:

@@ -1,0 +1,641 @@
+"""Writes the document of all figures: ``nope-ros report --out docs/benchmark.md``.
+
+Runs ``nope-ros benchmark``, and ``nope-ros evaluate`` on every test set that is given, several sets at a time. What
+came of each is kept in a folder, and is run again only when the weights it depends on, or the options, have changed;
+an interrupted report goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import cv2
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from nope_ros.evaluation.protocol import EvaluationSet
+from nope_ros.frame import InputError
+from nope_ros.latent import find_weights, read_config
+from nope_ros.prior import PRIORS, Prior
+
+FRUIT = ("green_apple", "mango")
+"""Photographs of nearly round things, which are judged apart."""
+
+_REFERENCES = 2  # of a rendered object; the paper's form takes seconds for each
+
+OURS_PART = "ours"
+_PLAIN, _REGRESSION, _PAPER = "plain", "regression", "paper_form"
+_JPEG = [cv2.IMWRITE_JPEG_QUALITY, 85]
+_CELL = {"pairs": 0, "nll": 2}
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """One test set, which is a section of the document.
+
+    Attributes:
+        key: names its files.
+        title: names its section.
+        kind: "photos", "meshes" or "procedural".
+        folder: of the data, or None.
+        objects: those to use, or None for all.
+        protocols: to run.
+        occlusion: share of each query's box that is hidden.
+        ablations: whether ours with parts removed is run too.
+        shown: whether pictures of its objects may be published.
+    """
+
+    key: str
+    title: str
+    kind: str
+    folder: str | None = None
+    objects: tuple[str, ...] | None = None
+    protocols: tuple[Prior, ...] = PRIORS
+    occlusion: float = 0.0
+    ablations: bool = False
+    shown: bool = True
+
+
+@dataclass(frozen=True)
+class Job:
+    """Some methods on one set.
+
+    Attributes:
+        tested: the set.
+        part: which methods: ours, those that need no weights, rotation regression, or the paper's form.
+        weights: folder of theirs, or None.
+        identity: differs whenever the result would.
+        pairs: most pairs of a rendered object.
+        count: of procedural objects.
+        seeds: of the draws.
+        device: of the networks.
+    """
+
+    tested: Chapter
+    part: str
+    weights: str | None
+    identity: str
+    pairs: int
+    count: int
+    seeds: tuple[int, ...]
+    device: str
+
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        return f"{self.tested.key}-{self.part}"
+
+    @property
+    def stamp(self) -> str:
+        """Differs whenever its result would."""
+        depends_on = {key: value for key, value in asdict(self).items() if key != "weights"}  # but on what they are
+        return hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:16]
+
+    def set_of(self, seed: int) -> EvaluationSet:
+        """The test set, as one seed draws it."""
+        from nope_ros.evaluation.meshes import mesh_set, procedural_set
+        from nope_ros.evaluation.photos import photo_set
+
+        tested, folder = self.tested, Path(self.tested.folder or "")
+        if tested.kind == "photos":
+            return photo_set(folder, seed, objects=tested.objects)
+        drawn: dict[str, Any] = {"protocols": tested.protocols, "references": _REFERENCES, "pairs": self.pairs}
+        if tested.kind == "meshes":
+            return mesh_set(folder, seed, objects=tested.objects, **drawn)
+        return procedural_set(seed, count=self.count, **drawn)
+
+
+def run_job(job: Job, folder: Path) -> str:
+    """Evaluate; write ``<name>.json`` and, of ours, pictures in ``<name>/``. Returns the name."""
+    from nope_ros.estimator import PoseEstimator
+    from nope_ros.evaluation.evaluate import Report, evaluate_set, methods_for, plain_baselines, trained_baselines
+    from nope_ros.evaluation.pictures import write_pictures
+
+    estimator = None
+    if job.part == OURS_PART:
+        estimator = PoseEstimator.from_pretrained(job.weights, device=job.device)
+    weights = Path(job.weights) if job.weights else None
+    trained = trained_baselines(
+        weights if job.part == _REGRESSION else None, weights if job.part == _PAPER else None, job.device
+    )
+    reports, sets = [], []
+    for seed in job.seeds:
+        methods = trained
+        if estimator is not None:
+            methods = methods_for(estimator, ablations=job.tested.ablations)
+        elif job.part == _PLAIN:
+            methods = plain_baselines(seed)
+        sets.append(job.set_of(seed))
+        reports.append(
+            evaluate_set(
+                sets[-1],
+                methods,
+                job.tested.protocols,
+                seed=seed,
+                occlusion=job.tested.occlusion,
+                model="" if estimator is None else estimator.model_name,
+            )
+        )
+    report = Report.pooled(reports)
+    if estimator is not None:
+        shutil.rmtree(folder / job.name, ignore_errors=True)
+        write_pictures(report, folder / job.name, sets[0])
+    unfinished = folder / f".{job.name}.{os.getpid()}"
+    unfinished.write_text(json.dumps({"stamp": job.stamp, **report.to_dict()}, indent=1) + "\n", encoding="utf-8")
+    unfinished.replace(folder / f"{job.name}.json")
+    return job.name
+
+
+def results(jobs: Sequence[Job], folder: Path, workers: int) -> dict[str, dict[str, Any]]:
+    """What came of each job, by name; those that are not there yet are run, with a bar."""
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = [job for job in jobs if _kept(job, folder) is None]
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(f"evaluating, {len(jobs) - len(missing)} kept", total=len(missing))
+        for name in _run_all(missing, folder, workers):
+            bar.update(task, advance=1, description=f"evaluated {name}")
+    return {job.name: _kept(job, folder) or {} for job in jobs}
+
+
+def _run_all(jobs: Sequence[Job], folder: Path, workers: int) -> Iterator[str]:
+    if workers == 1:
+        yield from (run_job(job, folder) for job in jobs)
+        return
+    # Fresh processes, of one thread each: a forked one would inherit torch's threads in whatever state they are.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for done in as_completed([pool.submit(run_job, job, folder) for job in jobs]):
+            yield done.result()
+
+
+def _kept(job: Job, folder: Path) -> dict[str, Any] | None:
+    path = folder / f"{job.name}.json"
+    if not path.is_file():
+        return None
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content if content.get("stamp") == job.stamp else None
+
+
+# --- The document ---------------------------------------------------------------------------------------------------
+
+
+_HEAD = """\
+# Benchmark
+
+Made by a command, which runs everything below and writes this file:
+
+```sh
+{command}
+```
+
+Weights: `{identity}`{training}. One reference image, one answer a query (top-1); nothing true of the query is
+used: crop, centre and scale come from its mask. Seeds {seeds}; of photographs all pairs with 5 references an object,
+of renders at most {pairs} pairs with {references}.
+
+* Protocols, by what is known of gravity: **free** nothing; **upright** its direction in both images levels the crops,
+  and the object keeps its up axis (341 viewpoints, the paper's); **standing** its direction and the camera's
+  elevation are used, so that only a turn about the vertical is left.
+* `within 90°`: pairs whose viewing directions are less than 90° apart; beyond that, little is seen in both.
+* `sym`: the error modulo the object's symmetry, found by rendering it. Photographs have none marked.
+* `50 %`, `90 %`: share of the pairs whose true rotation is in the credible set of that mass; an honest model has these
+  numbers there. `nll`: nats against knowing no more than the prior; less is better.
+
+"""
+
+
+def document(
+    sections: Sequence[Chapter],
+    found: dict[str, dict[str, Any]],
+    speed: dict[str, Any] | None,
+    pictures: dict[str, dict[str, str]],
+    head: str,
+) -> str:
+    """The whole file.
+
+    Args:
+        sections: in the order of their sections.
+        found: what came of each job, by name.
+        speed: what ``nope-ros benchmark --json`` writes.
+        pictures: for each set, paths of its pictures by their kind.
+        head: what comes first.
+    """
+    parts = [head, *_goals(sections, found, speed)]
+    for tested in sections:
+        ours = found[f"{tested.key}-{OURS_PART}"]
+        others = [found[name] for name in found if name.startswith(f"{tested.key}-") and not name.endswith(OURS_PART)]
+        parts += _section(tested, ours, others, pictures.get(tested.key, {}))
+    if speed is not None:
+        parts += _speed(speed)
+    return "\n".join(parts).rstrip() + "\n"
+
+
+_FIELDS = {
+    "Acc15": "acc15",
+    "Acc30": "acc30",
+    "median": "median_deg",
+    "mean": "mean_deg",
+    "Acc15 sym": "acc15_sym",
+    "Acc30 sym": "acc30_sym",
+    "median sym": "median_deg_sym",
+    "50 %": "coverage50",
+    "90 %": "coverage90",
+    "nll": "nll",
+}
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "| " + " | ".join("---" for _ in header) + " |"]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) + "\n"
+
+
+def _number(value: float | None, field: str = "") -> str:
+    if value is None:
+        return "–"
+    degree = "°" if field.startswith(("median", "mean")) else ""
+    return f"{value:.{_CELL.get(field, 1)}f}{degree}"
+
+
+def _methods(result: dict[str, Any], prior: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Methods of a result under one protocol; its own figures, if it has any, under ``name``."""
+    figures = result.get(prior)
+    if figures is None:
+        return
+    if "all" in figures:
+        yield name, figures
+    yield from figures["baselines"].items()
+
+
+def _section(
+    tested: Chapter, ours: dict[str, Any], others: Sequence[dict[str, Any]], pictures: dict[str, str]
+) -> Iterator[str]:
+    yield f"## {tested.title}\n"
+    for subset, title in (("within_90", "within 90°"), ("all", "all pairs")):
+        rows = []
+        for prior in tested.protocols:
+            shown = dict(list(_methods(ours, prior, "**nope_ros**"))[:1])
+            for other in others:
+                shown |= dict(_methods(other, prior, ""))
+            for place, (name, figures) in enumerate(shown.items()):
+                scores = figures[subset]
+                cells = [_number(scores[field], field) for field in _FIELDS.values()]
+                rows.append(["" if place else prior, name, str(scores["pairs"]), *cells])
+        yield _table([title, "method", "pairs", *_FIELDS], rows)
+    if tested.ablations:
+        yield "Ours with a part removed, within 90°, Acc30 and median (modulo symmetry):\n"
+        names = [name for name, _ in _methods(ours, tested.protocols[0], "nope_ros")]
+        rows = []
+        for name in names:
+            cells = []
+            for prior in tested.protocols:
+                scores = dict(_methods(ours, prior, "nope_ros"))[name]["within_90"]
+                cells.append(f"{_number(scores['acc30_sym'])}, {_number(scores['median_deg_sym'], 'median_deg_sym')}")
+            rows.append([name, *cells])
+        yield _table(["", *tested.protocols], rows)
+    if tested.kind == "photos":
+        yield "Each object, ours, within 90°, Acc30 and median:\n"
+        rows = []
+        objects = {name for prior in tested.protocols for name in ours.get(prior, {}).get("objects", {})}
+        for name in sorted(objects):
+            row = [name]
+            for prior in tested.protocols:
+                scores = ours.get(prior, {}).get("objects", {}).get(name, {}).get("within_90", {})
+                row.append(
+                    f"{_number(scores.get('acc30'))}, {_number(scores.get('median_deg'), 'median_deg')}"
+                    if scores
+                    else "–"
+                )
+            rows.append(row)
+        yield _table(["object", *tested.protocols], rows)
+    for kind, text in (
+        ("reliability", "How often truth is in a credible set, against the mass of the set"),
+        ("confidence", "Accuracy against confidence; errors left when only confident answers are kept"),
+        ("examples", "Successes (green) and failures (red), drawn at random; axes as estimated, the true ones faint"),
+    ):
+        if kind in pictures:
+            yield f"![{text}]({pictures[kind]})\n"
+    if tested.kind == "photos" and not tested.shown:
+        yield "These photographs carry no licence that allows showing them here.\n"
+
+
+@dataclass(frozen=True)
+class _Goal:
+    """A figure to reach: set, protocol, subset, field, and the bound (least, or most where ``below``)."""
+
+    key: str
+    prior: Prior
+    subset: str
+    field: str
+    bound: float
+    below: bool = False
+
+
+_GOALS = (
+    _Goal("procedural", "upright", "all", "acc30", 88),
+    _Goal("procedural", "upright", "all", "median_deg", 7, below=True),
+    _Goal("meshes", "upright", "all", "acc30_sym", 80),
+    _Goal("meshes", "upright", "all", "median_deg_sym", 10, below=True),
+    _Goal("meshes", "free", "within_90", "acc30_sym", 75),
+    _Goal("photos", "upright", "within_90", "acc30", 75),
+    _Goal("photos", "upright", "within_90", "median_deg", 15, below=True),
+    _Goal("photos", "standing", "within_90", "acc30", 82),
+    _Goal("photos", "standing", "within_90", "median_deg", 8, below=True),
+    _Goal("photos", "free", "within_90", "acc30", 60),
+    _Goal("photos", "free", "within_90", "median_deg", 22, below=True),
+)
+
+
+def _goals(
+    sections: Sequence[Chapter], found: dict[str, dict[str, Any]], speed: dict[str, Any] | None
+) -> Iterator[str]:
+    titles = {tested.key: tested.title for tested in sections}
+    rows = []
+
+    def row(what: str, wanted: str, value: float | None, shown: str, reached: bool) -> None:
+        if value is not None:
+            rows.append([what, wanted, shown, "yes" if reached else "no"])
+
+    for goal in _GOALS:
+        if goal.key not in titles:
+            continue
+        value = found[f"{goal.key}-{OURS_PART}"].get(goal.prior, {}).get(goal.subset, {}).get(goal.field)
+        column = next(name for name, field in _FIELDS.items() if field == goal.field)
+        subset = "" if goal.subset == "all" else ", within 90°"
+        unit = "°" if goal.below else " %"
+        sign = "≤" if goal.below else "≥"
+        reached = value is not None and (value <= goal.bound if goal.below else value >= goal.bound)
+        what = f"{titles[goal.key]}, {goal.prior}{subset}: {column}"
+        row(what, f"{sign} {goal.bound:g}{unit}", value, f"{_number(value)}{unit}", reached)
+    if {"meshes", "occluded"} <= set(titles):
+        whole, part = (
+            found[f"{key}-{OURS_PART}"].get("upright", {}).get("all", {}).get("acc30_sym")
+            for key in ("meshes", "occluded")
+        )
+        if whole and part is not None:
+            share = 100 * part / whole
+            what = "25 % of the box hidden, upright: share of the whole view's Acc30 sym that is left"
+            row(what, "≥ 80 %", share, f"{share:.0f} % (the paper: 68 %)", share >= 80)
+    for key, title in titles.items():
+        cover = {
+            prior: figures["all"]["coverage90"]
+            for prior, figures in found[f"{key}-{OURS_PART}"].items()
+            if prior in PRIORS and "all" in figures and figures["all"]["coverage90"] is not None
+        }
+        if cover:
+            shown = ", ".join(f"{prior} {value:.0f}" for prior, value in cover.items())
+            reached = all(86 <= value <= 94 for value in cover.values())
+            row(f"{title}: the 90 % set covers", "86–94 %", 1.0, shown, reached)
+    if speed is not None:
+        p50 = speed["image_to_rotation_ms"]["p50"]
+        for what, value, bound, unit, below in (
+            ("registration, full free grid", speed["registration_seconds"], 0.5, " s", True),
+            ("registration, times faster than the paper's way", speed["registration_speedup"], 500, "", False),
+            ("matching 341 templates", speed["matching_ms_341"], 1, " ms", True),
+            ("matching the free grid", speed["matching_ms_free"], 5, " ms", True),
+            ("image to rotation, p50", p50, 25, " ms", True),
+            ("one object", speed["object_megabytes"], 20, " MB", True),
+        ):
+            sign = "≤" if below else "≥"
+            reached = value <= bound if below else value >= bound
+            row(what, f"{sign} {bound:g}{unit}", value, f"{value:,.3g}{unit}" if below else f"{value:,.0f}", reached)
+    yield "## Goals\n"
+    yield _table(["figure", "goal", "measured", "reached"], rows)
+
+
+def _speed(speed: dict[str, Any]) -> Iterator[str]:
+    machine, ours, paper = speed["machine"], speed["ours"], speed["paper"]
+    rates = ", ".join(f"{value:,.0f} GFLOP/s in {key}" for key, value in machine["product_gflops"].items())
+    yield "## Speed\n"
+    parameters = f"{paper['unet_parameters'] / 1e6:.0f} M"
+    yield (
+        f"`nope-ros benchmark` on {machine['device']}, {machine['threads']} thread(s), PyTorch {machine['torch']}, "
+        f"ours in {machine['precision']}, load before the run {machine['load']:.1f}. The paper's way: Stable "
+        f"Diffusion's autoencoder and the full-size U-Net ({parameters} parameters) in float32, weights random, one "
+        f"template at a time; {paper['templates_timed']} templates were timed, {paper['templates']} are scaled from "
+        "them. The limit of a step is its bytes at the rate of a large copy "
+        f"({machine['copy_gigabytes_per_second']:.1f} GB/s here) or its operations at that of a large matrix product "
+        f"({rates}), whichever takes longer; below one, data came from a cache.\n"
+    )
+
+    def cells(step: dict[str, Any] | None) -> list[str]:
+        if step is None:
+            return ["", ""]
+        return [f"{1e3 * step['seconds']:,.3g} ms", f"{step['ratio']:.1f}"]
+
+    rows = [
+        [
+            f"registration: {paper['templates']} templates; ours {ours['free_rotations']} rotations",
+            f"{paper['registration_seconds']:,.0f} s",
+            "",
+            *cells(ours["registration"]),
+        ],
+        [
+            "the same: theirs in batches, fastest precision; ours, every next object",
+            f"{paper['registration_batched_seconds']:,.0f} s",
+            "",
+            f"{1e3 * ours['registration_next_seconds']:.3g} ms",
+            "",
+        ],
+        ["one template", *cells(paper["template"]), "", ""],
+        ["encoding one image", *cells(paper["encode"]), *cells(ours["encode"])],
+        [f"matching {paper['templates']}", *cells(paper["match"]), *cells(ours["match_341"])],
+        [f"matching {ours['free_rotations']}", "", "", *cells(ours["match_free"])],
+        [
+            "image to pose, p50 / p95",
+            "",
+            "",
+            f"{speed['image_to_rotation_ms']['p50']:.3g} / {speed['image_to_rotation_ms']['p95']:.3g} ms",
+            "",
+        ],
+        [
+            "held for one object",
+            f"{paper['object_megabytes']:.1f} MB",
+            "",
+            f"{speed['object_megabytes']:.1f} MB, and {ours['shared_megabytes']:.1f} MB once",
+            "",
+        ],
+    ]
+    yield _table(["", "the paper's way", "× limit", "ours", "× limit"], rows)
+
+
+# --- The command ----------------------------------------------------------------------------------------------------
+
+
+def chapters(meshes: Path | None, photos: Path | None, procedural: int) -> list[Chapter]:
+    """The sets of the document, as far as their data are there."""
+    sets = []
+    if procedural:
+        sets.append(Chapter("procedural", "Procedural objects that training never drew", "procedural"))
+    if meshes is not None:
+        folder = str(meshes)
+        sets.append(Chapter("meshes", "Scanned household objects, rendered", "meshes", folder, ablations=True))
+        sets.append(
+            Chapter(
+                "occluded",
+                "The same, 25 % of the box hidden",
+                "meshes",
+                folder,
+                protocols=("upright",),
+                occlusion=0.25,
+                shown=False,
+            )
+        )
+    if photos is not None:
+        names = sorted(path.parent.name for path in photos.glob("*/poses.json")) or [photos.resolve().name]
+        fruit = tuple(name for name in names if name in FRUIT)
+        rest = tuple(name for name in names if name not in FRUIT)
+        folder = str(photos)
+        if rest:
+            sets.append(Chapter("photos", "Photographs", "photos", folder, rest, ablations=True, shown=False))
+        if fruit:
+            sets.append(Chapter("fruit", "Photographs of fruit", "photos", folder, fruit))
+    return sets
+
+
+def _identity(weights: Path) -> str:
+    """Of what a folder holds, temperature and all."""
+    digest = hashlib.sha256()
+    for name in ("config.json", "model.safetensors"):
+        digest.update((weights / name).read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _published(sections: Sequence[Chapter], work: Path, out: Path) -> dict[str, dict[str, str]]:
+    """Copy the pictures that may be shown beside the document; their paths as seen from it."""
+    folder = out.parent / "images" / out.stem
+    folder.mkdir(parents=True, exist_ok=True)
+    published: dict[str, dict[str, str]] = {}
+    for tested in sections:
+        drawn = work / f"{tested.key}-{OURS_PART}"
+        wanted = {kind: drawn / f"{kind}_{tested.kind}.png" for kind in ("reliability", "confidence")}
+        if tested.shown:
+            prior = "upright" if "upright" in tested.protocols else tested.protocols[0]
+            wanted["examples"] = drawn / f"examples_{tested.kind}_{prior}.png"
+        for kind, path in wanted.items():
+            if not path.is_file() or tested.key == "occluded":
+                continue
+            copy = folder / f"{kind}_{tested.key}{'.jpg' if kind == 'examples' else '.png'}"
+            if kind == "examples":
+                picture = cv2.imread(str(path))
+                assert picture is not None
+                cv2.imwrite(str(copy), picture, _JPEG)
+            else:
+                shutil.copyfile(path, copy)
+            published.setdefault(tested.key, {})[kind] = copy.relative_to(out.parent).as_posix()
+    return published
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """``nope-ros report``; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="nope-ros report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="the document; pictures go to images/ beside it")
+    parser.add_argument("--meshes", type=Path, metavar="DIR", help="folder of meshes; without it they are left out")
+    parser.add_argument(
+        "--photos", type=Path, metavar="DIR", help="folder of photographs; without it they are left out"
+    )
+    parser.add_argument("--procedural", type=int, default=40, metavar="N", help="procedural objects (%(default)s)")
+    parser.add_argument("--predictor", help="folder of weights; the packaged ones by default")
+    parser.add_argument("--regression-weights", type=Path, metavar="DIR", help="add rotation regression")
+    parser.add_argument("--unet-weights", type=Path, metavar="DIR", help="add NOPE's paper form; takes long, but once")
+    parser.add_argument("--pairs", type=int, default=30, help="most pairs of a rendered object (%(default)s)")
+    parser.add_argument("--seed", type=int, action="append", help="may be given several times (0)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda (%(default)s)")
+    parser.add_argument("--work", type=Path, default=Path("out/report"), help="folder of results (%(default)s)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="sets at a time (%(default)s)")
+    parser.add_argument("--speed", type=Path, metavar="JSON", help="of nope-ros benchmark, in place of running it")
+    given = parser.parse_args(arguments)
+    for name in ("pairs", "workers"):
+        if getattr(given, name) < 1:
+            parser.error(f"--{name}: {getattr(given, name)} is not positive")
+    try:
+        text, pictures = run(given)
+    except InputError as error:
+        print(f"nope-ros report: {error}", file=sys.stderr)
+        return 2
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    given.out.write_text(text, encoding="utf-8")
+    Console().print(f"wrote {given.out} and {sum(map(len, pictures.values()))} pictures", highlight=False)
+    return 0
+
+
+def run(given: argparse.Namespace) -> tuple[str, dict[str, dict[str, str]]]:
+    """The document that the arguments ask for, and its pictures.
+
+    Raises:
+        InputError: naming what does not fit.
+    """
+    sections = chapters(given.meshes, given.photos, given.procedural)
+    if not sections:
+        raise InputError("nothing to evaluate; give --meshes, --photos or --procedural")
+    console = Console(stderr=True)
+    for name in ("meshes", "photos", "regression_weights", "unet_weights"):
+        if getattr(given, name) is None:
+            console.print(f"left out: --{name.replace('_', '-')} was not given", style="yellow", highlight=False)
+    weights = find_weights(given.predictor)
+    seeds = tuple(given.seed or [0])
+    job = partial(Job, pairs=given.pairs, count=given.procedural, seeds=seeds, device=given.device)
+    jobs = []
+    for tested in sections:
+        jobs.append(job(tested, OURS_PART, str(weights), _identity(weights)))
+        if tested.occlusion:
+            continue
+        jobs.append(job(tested, _PLAIN, None, ""))
+        for part, folder in ((_REGRESSION, given.regression_weights), (_PAPER, given.unet_weights)):
+            if folder is not None:
+                jobs.append(job(tested, part, str(folder), _identity(find_weights(folder))))
+    speed = _speed_figures(given, weights)
+    # The dearest first, so that none is left alone at the end.
+    cost = {_PAPER: 0, OURS_PART: 1, _PLAIN: 2, _REGRESSION: 3}
+    found = results(sorted(jobs, key=lambda one: cost[one.part]), given.work, given.workers)
+    found = {one.name: found[one.name] for one in jobs}
+    pictures = _published(sections, given.work, given.out)
+    training = read_config(weights).training
+    told = ", ".join(f"{training[key]:g} {key}" for key in ("steps", "minutes") if key in training)
+    head = _HEAD.format(
+        command=_command(given),
+        identity=_identity(weights),
+        training=f" ({told})" if told else "",
+        seeds=", ".join(map(str, seeds)),
+        pairs=given.pairs,
+        references=_REFERENCES,
+    )
+    return document(sections, found, speed, pictures, head), pictures
+
+
+def _command(given: argparse.Namespace) -> str:
+    """What gives the same document; where results are kept, and how many sets run at a time, make no difference."""
+    lines = ["nope-ros report"]
+    for name in ("meshes", "photos", "procedural", "predictor", "regression_weights", "unet_weights", "pairs", "seed"):
+        value = getattr(given, name)
+        for one in value if isinstance(value, list) else [value]:
+            if one is not None:
+                lines.append(f"  --{name.replace('_', '-')} {one}")
+    return " \\\n".join([*lines, f"  --out {given.out}"])
+
+
+def _speed_figures(given: argparse.Namespace, weights: Path) -> dict[str, Any]:
+    from nope_ros.evaluation import benchmark
+
+    if given.speed is not None:
+        try:
+            figures: dict[str, Any] = json.loads(given.speed.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"--speed: {given.speed} cannot be read ({error})") from error
+        return figures
+    options = argparse.Namespace(weights=str(weights), device=given.device, threads=None, templates=3, data=None)
+    return benchmark.run(options).to_dict()
