@@ -41,6 +41,18 @@ def _estimate(words: Words) -> int:
     return offline.main(words)
 
 
+def _bag(words: Words) -> int:
+    from nope_ros.node import bag
+
+    return bag.main(words)
+
+
+def _doctor(words: Words) -> int:
+    from nope_ros import doctor
+
+    return doctor.main(words)
+
+
 def _evaluate(words: Words) -> int:
     from nope_ros.evaluation import evaluate
 
@@ -167,12 +179,13 @@ COMMANDS = (
     Command("play", _play, "a recorded sequence as ROS topics (needs ROS)"),
     Command("estimate", _estimate, "poses in a folder of images, as a library does it"),
     Command("register", _register, "an object of which there is a mesh"),
+    Command("bag", _bag, "the node on recorded bags, without ROS: poses written to a bag"),
     Command("evaluate", _evaluate, "figures on photographs, meshes, procedural objects or BOP"),
     Command("benchmark", _benchmark, "times of ours and of the paper's way, side by side"),
     Command("report", _report, "the document of all figures, docs/benchmark.md"),
     Command("render", _render, "training images of meshes and procedural objects"),
     Command("train", _train, "learn weights from rendered images"),
-    Command("reference", _reference, "the node's topics and parameters (needs ROS)"),
+    Command("reference", _reference, "the node's topics and parameters"),
 )
 
 

@@ -357,9 +357,9 @@ def write_bag(path, moments, gravity):
     from rclpy.serialization import serialize_message
     from tf2_msgs.msg import TFMessage
 
-    from nope_ros.demo.bag import Recorded, write_mcap
     from nope_ros.demo.player import camera_info_message, header, level_transform, mask_message
     from nope_ros.node import messages
+    from nope_ros.node.bagfile import Recorded, write_mcap
 
     recorded = []
     for i, moment in enumerate(moments):
@@ -375,7 +375,7 @@ def write_bag(path, moments, gravity):
             level.header.frame_id = "odom"
             entries.append(("/tf", "tf2_msgs/msg/TFMessage", 2, TFMessage(transforms=[level])))
         recorded += [Recorded(topic, kind, stamp + late, serialize_message(m)) for topic, kind, late, m in entries]
-    return write_mcap(path, recorded)
+    return write_mcap(path, sorted(recorded, key=lambda message: message.received))
 
 
 def half_size(moment):

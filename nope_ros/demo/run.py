@@ -462,9 +462,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(given: argparse.Namespace, console: Console) -> int:
-    from nope_ros.demo.bag import write_mcap
     from nope_ros.demo.player import topics_of
     from nope_ros.demo.session import Options, run_session
+    from nope_ros.node.bagfile import write_mcap
 
     data = Path(given.data) if given.data else bundled_sequence()
     recording = open_recording(
@@ -506,7 +506,7 @@ def _run(given: argparse.Namespace, console: Console) -> int:
         summary = summarise(run, scores, str(given.data or "demo/sequence"))
         files = [out / "summary.json", _write_frames(out / "frames.csv", shown)]
         files[0].write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        write_mcap(out / "poses.mcap", run.recorded)
+        write_mcap(out / "poses.mcap", sorted(run.recorded, key=lambda message: message.received))
         files.append(out / "poses.mcap")
         if not given.no_pictures:
             files = draw_all(run, recording, shown, out, report) + files

@@ -7,17 +7,15 @@ A folder (see ``demo/sequence``):
                   up axis in its own frame, which gives gravity in every image, and "object": its name.
     images/ masks/    masks: above 127 is the object
 
-A bag (MCAP or sqlite3) needs ROS to be read: its messages are decoded by the node's own converters.
+A bag (MCAP or sqlite3) is decoded by the node's own converters.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,22 +26,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nope_ros.frame import Camera, InputError
+from nope_ros.node.bagfile import BAG_SUFFIXES, Topics, choose_topics, open_bag
+from nope_ros.node.interfaces import deserialized
 
 if TYPE_CHECKING:
-    from rosbags.highlevel import AnyReader
     from rosbags.interfaces import Connection
 
 Array = NDArray[np.float64]
 
 POSES_FILE = "poses.json"
-BAG_SUFFIXES = (".mcap", ".db3")
-
-_IMAGE = "sensor_msgs/msg/Image"
-_COMPRESSED = "sensor_msgs/msg/CompressedImage"
-_CAMERA_INFO = "sensor_msgs/msg/CameraInfo"
 # Sent along with the frames of a bag, as they are: what gravity can be read from.
 _PASSED_ON = ("tf2_msgs/msg/TFMessage", "sensor_msgs/msg/Imu")
-_MASK_NAME = re.compile(r"mask|segment|label|instance", re.IGNORECASE)
 # Frames of a bag that wait for their masks at once; a slow detector is a second or two behind.
 _WAITING = 150
 
@@ -125,15 +118,6 @@ class Recording(ABC):
     @abstractmethod
     def __iter__(self) -> Iterator[Moment]:
         """The frames in order."""
-
-
-@dataclass(frozen=True)
-class Topics:
-    """Which topics of a bag to read; empty: found by type and name."""
-
-    image: str = ""
-    mask: str = ""
-    camera_info: str = ""
 
 
 def open_recording(
@@ -246,11 +230,7 @@ class BagRecording(Recording):
         self.name = path.stem
         self.instance = instance
         self.limit = limit
-        try:
-            from nope_ros.node import messages  # noqa: F401  (whether ROS is there)
-        except ImportError as error:
-            raise InputError(f"{path}: reading a bag needs ROS ({error}); run `make setup`, or source ROS") from None
-        with self._reader() as reader:
+        with open_bag(self.path) as reader:
             self.topics = choose_topics({c.topic: c.msgtype for c in reader.connections}, topics)
             counts = {name: reader.topics[name].msgcount for name in (self.topics.image, self.topics.mask)}
         empty = [name for name, count in counts.items() if count == 0]
@@ -264,7 +244,7 @@ class BagRecording(Recording):
     @cached_property
     def imu_topic(self) -> str:
         """A topic of inertial measurements, or an empty string."""
-        with self._reader() as reader:
+        with open_bag(self.path) as reader:
             return next((c.topic for c in reader.connections if c.msgtype == "sensor_msgs/msg/Imu"), "")
 
     def __iter__(self) -> Iterator[Moment]:
@@ -284,13 +264,13 @@ class BagRecording(Recording):
         waiting: dict[str, dict[int, Any]] = {self.topics.image: {}, self.topics.mask: {}}
         camera_info: Any = None
         before: list[PassedOn] = []
-        with self._reader() as reader:
+        with open_bag(self.path) as reader:
             wanted = [c for c in reader.connections if self._wanted(c)]
             for connection, _, data in reader.messages(connections=wanted):
                 if connection.msgtype in _PASSED_ON:
                     before.append(PassedOn(connection.topic, connection.msgtype, bytes(data)))
                     continue
-                message = _decoded(connection.msgtype, bytes(data))
+                message = deserialized(bytes(data), connection.msgtype)
                 if connection.topic == self.topics.camera_info:
                     camera_info = message
                     continue
@@ -331,67 +311,3 @@ class BagRecording(Recording):
     def _wanted(self, connection: Connection) -> bool:
         chosen = (self.topics.image, self.topics.mask, self.topics.camera_info)
         return connection.topic in chosen or connection.msgtype in _PASSED_ON
-
-    @contextmanager
-    def _reader(self) -> Iterator[AnyReader]:
-        from rosbags.highlevel import AnyReader, AnyReaderError
-        from rosbags.typesys import Stores, get_typestore
-
-        try:
-            # Bags of sqlite3 carry no definitions; those of the messages read here are the same in all distributions.
-            with AnyReader([self.path], default_typestore=get_typestore(Stores.ROS2_JAZZY)) as reader:
-                yield reader
-        except (AnyReaderError, OSError) as error:
-            raise InputError(f"{self.path}: cannot be read as a bag ({error})") from None
-
-
-def choose_topics(types: dict[str, str], wanted: Topics) -> Topics:
-    """The topics of a bag that hold image, mask and calibration.
-
-    Args:
-        types: of each topic, as ``sensor_msgs/msg/Image``.
-        wanted: names given by the user; empty ones are found by type and name.
-
-    Raises:
-        InputError: if one is missing, or more than one would do; it lists what is there.
-    """
-    listed = "; the bag holds " + ", ".join(f"{name} ({kind})" for name, kind in sorted(types.items()))
-    for name in (wanted.image, wanted.mask, wanted.camera_info):
-        if name and name not in types:
-            raise InputError(f"topic {name} is not in the bag{listed}")
-    pictures = [name for name, kind in sorted(types.items()) if kind in (_IMAGE, _COMPRESSED)]
-    depths = [name for name in pictures if "depth" in name.lower()]
-    masks = [name for name in pictures if _MASK_NAME.search(name) and types[name] == _IMAGE]
-    images = [name for name in pictures if name not in masks and name not in depths]
-    overlays = [name for name in images if "overlay" in name.lower()]
-    images = [name for name in images if name not in overlays] or images
-    # A raw image and its compressed twin are one choice.
-    images = [name for name in images if name.removesuffix("/compressed") not in images or "/compressed" not in name]
-
-    def choose(given: str, found: list[str], what: str, option: str) -> str:
-        if given:
-            return given
-        if len(found) == 1:
-            return found[0]
-        problem = f"no {what} topic was found" if not found else f"{len(found)} topics could be the {what}"
-        raise InputError(f"{problem}; name it with {option}{listed}")
-
-    image = choose(wanted.image, images, "image", "--image-topic")
-    infos = [name for name, kind in sorted(types.items()) if kind == _CAMERA_INFO]
-    beside = image.removesuffix("/compressed").rpartition("/")[0] + "/camera_info"
-    infos = [beside] if beside in infos else infos
-    return Topics(
-        image=image,
-        mask=choose(wanted.mask, [name for name in masks if name != image], "mask", "--mask-topic"),
-        camera_info=choose(wanted.camera_info, infos, "camera_info", "--camera-info-topic"),
-    )
-
-
-def _decoded(type_name: str, data: bytes) -> Any:
-    from rclpy.serialization import deserialize_message
-    from sensor_msgs.msg import CameraInfo, CompressedImage, Image
-
-    classes: dict[str, type] = {_IMAGE: Image, _COMPRESSED: CompressedImage, _CAMERA_INFO: CameraInfo}
-    if type_name not in classes:
-        raise InputError(f"messages of type {type_name} are neither images nor calibrations")
-    return deserialize_message(data, classes[type_name])

@@ -25,7 +25,6 @@ from rclpy.qos import QoSProfile, ReliabilityPolicy
 from rclpy.serialization import deserialize_message, serialize_message
 from sensor_msgs.msg import CompressedImage
 
-from nope_ros.demo.bag import Recorded
 from nope_ros.demo.player import (
     LEVEL_FRAME,
     Player,
@@ -37,6 +36,7 @@ from nope_ros.demo.player import (
 from nope_ros.demo.sequence import Moment, Recording, Truth
 from nope_ros.msg import ObjectPose, ObjectPoseArray, PoseDistribution
 from nope_ros.node import messages, topics
+from nope_ros.node.bagfile import Recorded
 from nope_ros.prior import Prior
 from nope_ros.srv import RegisterObject
 

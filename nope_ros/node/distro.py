@@ -2,25 +2,19 @@
 
 The rest of the package asks this module and never looks for cv_bridge, tf2_ros or tf_transformations itself. tf2_msgs
 and vision_msgs are only message definitions: ``interfaces/`` builds the same ones where they are missing. launch has no
-stand-in: the files in ``launch/`` are for where it is.
+stand-in: the files in ``launch/`` are for where it is. Nothing here needs a running ROS; ``nope_ros.node.tf`` does.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import defaultdict, deque
-from functools import partial
+from importlib.util import find_spec
 from typing import Protocol
 
 import cv2
 import numpy as np
-from geometry_msgs.msg import TransformStamped
 from numpy.typing import NDArray
-from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
-from rclpy.duration import Duration
-from rclpy.node import Node
-from rclpy.qos import DurabilityPolicy, QoSProfile
-from rclpy.time import Time
 from scipy.spatial.transform import Rotation, Slerp
 from sensor_msgs.msg import Image
 from tf2_msgs.msg import TFMessage
@@ -35,10 +29,6 @@ try:
 except (ImportError, AttributeError):
     cv_bridge = None
 try:
-    import tf2_ros
-except ImportError:
-    tf2_ros = None
-try:
     import tf_transformations
 except ImportError:
     tf_transformations = None
@@ -46,8 +36,12 @@ except ImportError:
 
 def providers() -> dict[str, str]:
     """Who does the work of each of the distribution's packages here: "distribution" or "nope_ros"."""
-    found = {"cv_bridge": cv_bridge, "tf2_ros": tf2_ros, "tf_transformations": tf_transformations}
-    return {name: "nope_ros" if module is None else "distribution" for name, module in found.items()}
+    found = {
+        "cv_bridge": cv_bridge is not None,
+        "tf2_ros": find_spec("tf2_ros") is not None,
+        "tf_transformations": tf_transformations is not None,
+    }
+    return {name: "distribution" if there else "nope_ros" for name, there in found.items()}
 
 
 # --- tf_transformations ---------------------------------------------------------------------------------------------
@@ -134,48 +128,6 @@ class Transforms(Protocol):
         ...
 
 
-class Broadcaster(Protocol):
-    """Sends transforms to /tf."""
-
-    def sendTransform(self, transform: list[TransformStamped]) -> None:
-        """Send them in one message."""
-        ...
-
-
-def listen(node: Node) -> Transforms:
-    """Start to collect what is on /tf and /tf_static. The node must be spun by another thread than asks."""
-    return TransformListener(node) if tf2_ros is None else _Tf2Listener(node)
-
-
-def broadcaster(node: Node) -> Broadcaster:
-    """A publisher to /tf."""
-    sender: Broadcaster = _Broadcaster(node) if tf2_ros is None else tf2_ros.TransformBroadcaster(node)
-    return sender
-
-
-class _Tf2Listener:
-    def __init__(self, node: Node) -> None:
-        self._buffer = tf2_ros.Buffer(node=node)
-        self._listener = tf2_ros.TransformListener(self._buffer, node)
-
-    def rotation(self, target: str, source: str, stamp: int, timeout: float) -> Array:
-        time, wait = Time(nanoseconds=stamp), Duration(nanoseconds=int(timeout * 1e9))
-        try:
-            transform = self._buffer.lookup_transform(target, source, time, wait)
-        except tf2_ros.TransformException as error:
-            raise TransformError(f"TF from '{source}' to '{target}': {error}") from None
-        q = transform.transform.rotation
-        return rotation_matrix(np.array([q.x, q.y, q.z, q.w]))
-
-
-class _Broadcaster:
-    def __init__(self, node: Node) -> None:
-        self._publisher = node.create_publisher(TFMessage, "/tf", 100)
-
-    def sendTransform(self, transform: list[TransformStamped]) -> None:
-        self._publisher.publish(TFMessage(transforms=transform))
-
-
 _HISTORY = 10_000_000_000  # nanoseconds of transforms kept, as tf2 does
 
 
@@ -187,6 +139,15 @@ class TransformTree:
         self._parents: dict[str, str] = {}
         self._fixed: dict[str, Array] = {}
         self._moving: dict[str, deque[tuple[int, Array]]] = defaultdict(deque)
+
+    def take(self, message: TFMessage, *, static: bool) -> None:
+        """Take in a message of /tf or /tf_static."""
+        for transform in message.transforms:
+            q = transform.transform.rotation
+            sent = transform.header.stamp
+            stamp = sent.sec * 1_000_000_000 + sent.nanosec
+            quaternion = np.array([q.x, q.y, q.z, q.w])
+            self.insert(transform.header.frame_id, transform.child_frame_id, stamp, quaternion, static=static)
 
     def insert(self, parent: str, child: str, stamp: int, xyzw: Array, *, static: bool) -> None:
         """Take in the orientation of a child frame in its parent: quaternion (4,), not necessarily of unit length."""
@@ -262,22 +223,3 @@ class TransformTree:
         (t0, q0), (t1, q1) = history[after - 1], history[after]
         turn: Array = Slerp([0, 1], Rotation.from_quat([q0, q1]))((stamp - t0) / (t1 - t0)).as_matrix()
         return turn
-
-
-class TransformListener(TransformTree):
-    """A ``TransformTree`` fed by /tf and /tf_static."""
-
-    def __init__(self, node: Node) -> None:
-        super().__init__()
-        latched = QoSProfile(depth=100, durability=DurabilityPolicy.TRANSIENT_LOCAL)
-        group = MutuallyExclusiveCallbackGroup()
-        for topic, qos, static in (("/tf", QoSProfile(depth=100), False), ("/tf_static", latched, True)):
-            receive = partial(self._receive, static=static)
-            node.create_subscription(TFMessage, topic, receive, qos, callback_group=group)
-
-    def _receive(self, message: TFMessage, *, static: bool) -> None:
-        for transform in message.transforms:
-            q = transform.transform.rotation
-            stamp = Time.from_msg(transform.header.stamp).nanoseconds
-            quaternion = np.array([q.x, q.y, q.z, q.w])
-            self.insert(transform.header.frame_id, transform.child_frame_id, stamp, quaternion, static=static)

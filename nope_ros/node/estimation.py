@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from std_msgs.msg import Header
 
@@ -61,6 +62,26 @@ class Result:
     image: NDArray[np.uint8]
     camera: Camera
     seen: tuple[Seen, ...]
+
+
+_DEFAULT_THREADS = torch.get_num_threads()
+
+
+def use_threads(count: int) -> None:
+    """Let the calling thread compute with so many; 0: PyTorch's own choice. OpenMP keeps the number by thread."""
+    torch.set_num_threads(count or _DEFAULT_THREADS)
+
+
+def load_estimator(settings: Settings) -> PoseEstimator:
+    """The model that the parameters name.
+
+    Raises:
+        InputError: if it is missing, damaged or of another version.
+    """
+    use_threads(settings.threads)
+    return PoseEstimator.from_pretrained(
+        settings.weights or None, device=settings.device, batch_size=settings.batch_size
+    )
 
 
 def estimate(

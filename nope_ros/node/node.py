@@ -33,13 +33,13 @@ from rclpy.qos_overriding_options import QoSOverridingOptions
 from rclpy.signals import SignalHandlerOptions
 from sensor_msgs.msg import Imu
 
-from nope_ros.draw import Drawn, overlay
 from nope_ros.estimator import PoseEstimator, RegisteredObject
 from nope_ros.frame import InputError
-from nope_ros.node import distro, messages, parameters, topics
+from nope_ros.node import distro, messages, parameters, tf, topics
 from nope_ros.node.complaints import Complaints
-from nope_ros.node.estimation import Result, Seen, estimate
+from nope_ros.node.estimation import estimate, load_estimator, use_threads
 from nope_ros.node.gravity import Gravity, ImuGravity, ImuSample
+from nope_ros.node.outputs import Outputs
 from nope_ros.node.pairing import Kind, Match, Pairing
 from nope_ros.node.registration import register, register_mesh, requested_match
 from nope_ros.node.statistics import Latencies, Latency, memory_megabytes, status
@@ -109,7 +109,7 @@ class NopeNode(LifecycleNode):
         self._objects: dict[str, RegisteredObject] = {}
         self._pose_publishers: dict[str, Publisher[Any]] = {}
         self._registry = threading.RLock()
-        self._marked: set[str] = set()
+        self._marked: frozenset[str] = frozenset()
         self._transforms: distro.Transforms | None = None
         self._imu: ImuGravity | None = None
         self._imu_input: Any = None
@@ -121,7 +121,7 @@ class NopeNode(LifecycleNode):
         self._input_group = MutuallyExclusiveCallbackGroup()
         self._use_parameters([])
 
-        self._broadcaster = distro.broadcaster(self)
+        self._broadcaster = tf.broadcaster(self)
         self._diagnostics = self.create_publisher(topics.DIAGNOSTICS.type, topics.DIAGNOSTICS.name, 10)
         # Not the node's clock, which may be a simulation's and stand still.
         clock = Clock(clock_type=ClockType.STEADY_TIME)
@@ -161,10 +161,7 @@ class NopeNode(LifecycleNode):
         """Load the model and the registered objects, and begin to estimate."""
         settings = self._settings
         try:
-            _use_threads(settings.threads)
-            estimator = PoseEstimator.from_pretrained(
-                settings.weights or None, device=settings.device, batch_size=settings.batch_size
-            )
+            estimator = load_estimator(settings)
             store = ObjectStore(settings.storage_directory)
             loaded = store.load_all(estimator.predictor, settings.batch_size)
         except InputError as error:
@@ -228,7 +225,7 @@ class NopeNode(LifecycleNode):
         if session is not None:
             session.stop.set()
             session.worker.join()
-        self._marked.clear()
+        self._marked = frozenset()
         for object_id in list(self._objects):
             self._remove(object_id)
         if self._imu_input is not None:
@@ -286,7 +283,7 @@ class NopeNode(LifecycleNode):
         self._pairing.patience = int(settings.mask_patience * 1e9)
         self._pairing.capacity = settings.buffer_megabytes * 1_000_000
         if self._transforms is None and (settings.gravity_frame or settings.gravity_imu_topic):
-            self._transforms = distro.listen(self)
+            self._transforms = tf.listen(self)
         vector = np.array(settings.gravity_vector)
         self._gravity = Gravity(
             vector=vector if vector.any() else None,
@@ -327,73 +324,41 @@ class NopeNode(LifecycleNode):
         if session is None:
             return
         begin = time.perf_counter()
-        _use_threads(settings.threads)
+        use_threads(settings.threads)
         objects = list(self._objects.values())
         try:
             result = estimate(match, objects, session.estimator, settings, self._gravity, self._complain)
         except (InputError, torch.cuda.OutOfMemoryError) as error:
             self._complain(error)
             return
-        self._publish(result, settings)
+        self._publish(Outputs(result, settings))
         age = self.get_clock().now().nanoseconds - match.stamp
         self._latencies.add(Latency(time.perf_counter() - begin, age / 1e9))
 
     # --- outputs ----------------------------------------------------------------------------------------------------
 
-    def _publish(self, result: Result, settings: parameters.Settings) -> None:
-        header = result.header
-        trusted = {
-            one.estimate.object_id: one.estimate.confidence >= settings.confidence_threshold for one in result.seen
-        }
-        if settings.tf_publish:
-            self._broadcast([one for one in result.seen if trusted[one.estimate.object_id]], result, settings.tf_prefix)
-        for one in result.seen:
+    def _publish(self, outputs: Outputs) -> None:
+        transforms = outputs.transforms(self._complain)
+        if transforms:
+            self._broadcaster.sendTransform(transforms)
+        for object_id, pose in outputs.object_poses():
             with self._registry:  # an object may be unregistered at any time, its publisher with it
-                publisher = self._pose_publishers.get(one.estimate.object_id)
+                publisher = self._pose_publishers.get(object_id)
                 if publisher is not None:
-                    publisher.publish(messages.pose_with_covariance_stamped(header, one.estimate))
-        poses = [
-            messages.object_pose(one.estimate, one.instance, trusted=trusted[one.estimate.object_id])
-            for one in result.seen
-        ]
-        self._outputs[topics.POSES].publish(messages.object_poses(header, poses))
-        found = [messages.detection(header, one.estimate, one.centre_object, 2 * one.radius) for one in result.seen]
-        self._outputs[topics.DETECTIONS].publish(messages.detections(header, found))
+                    publisher.publish(pose)
+        self._outputs[topics.POSES].publish(outputs.poses())
+        self._outputs[topics.DETECTIONS].publish(outputs.detections())
         if self._wanted(topics.DISTRIBUTION):
-            for one in result.seen:
-                message = messages.distribution(header, one.estimate, settings.distribution_count)
-                self._outputs[topics.DISTRIBUTION].publish(message)
+            for distribution in outputs.distributions():
+                self._outputs[topics.DISTRIBUTION].publish(distribution)
         if self._wanted(topics.MARKERS):
-            present = {one.estimate.object_id for one in result.seen}
-            drawn = [(one.estimate, one.radius) for one in result.seen]
-            self._outputs[topics.MARKERS].publish(messages.markers(header, drawn, self._marked - present))
-            self._marked = present
+            self._outputs[topics.MARKERS].publish(outputs.markers(self._marked))
+            self._marked = outputs.present
         if self._wanted(topics.OVERLAY):
-            K = result.camera.K
-            things = [Drawn.of(one.estimate, one.mask, K, trusted[one.estimate.object_id]) for one in result.seen]
-            self._outputs[topics.OVERLAY].publish(messages.image(header, overlay(result.image, K, things)))
+            self._outputs[topics.OVERLAY].publish(outputs.overlay())
 
     def _wanted(self, endpoint: topics.Endpoint) -> bool:
         return self._outputs[endpoint].get_subscription_count() > 0
-
-    def _broadcast(self, seen: Sequence[Seen], result: Result, prefix: str) -> None:
-        parent = result.header.frame_id
-        if seen and not parent:
-            self._complain(
-                "image: header.frame_id is empty, so nothing can be broadcast on TF; set it in the camera driver"
-            )
-            return
-        transforms = []
-        for one in seen:
-            child = prefix + one.estimate.object_id
-            if child == parent:
-                self._complain(
-                    f"TF: '{child}' is the camera's own frame; rename the object or set the parameter 'tf.prefix'"
-                )
-                continue
-            transforms.append(messages.transform(result.header, child, one.estimate))
-        if transforms:
-            self._broadcaster.sendTransform(transforms)
 
     # --- objects ----------------------------------------------------------------------------------------------------
 
@@ -435,7 +400,7 @@ class NopeNode(LifecycleNode):
         if object_id in self._objects and not request.overwrite:
             raise InputError(f"object_id: '{object_id}' is registered already; set overwrite to replace it")
         settings = self._settings
-        _use_threads(settings.threads)
+        use_threads(settings.threads)
         if request.mesh_file:
             self.get_logger().info(f"Rendering {request.mesh_file}: takes some seconds")
             registered = register_mesh(session.estimator, request)
@@ -548,14 +513,6 @@ class NopeNode(LifecycleNode):
 
 def _overridable() -> QoSOverridingOptions:
     return QoSOverridingOptions.with_default_policies()
-
-
-_DEFAULT_THREADS = torch.get_num_threads()
-
-
-def _use_threads(count: int) -> None:
-    # OpenMP keeps the number for each thread that calls it.
-    torch.set_num_threads(count or _DEFAULT_THREADS)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -9,14 +9,18 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
+import yaml as yaml_library
 from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor, SetParametersResult
-from rclpy.node import Node
-from rclpy.parameter import Parameter
 
+from nope_ros.frame import InputError
 from nope_ros.prior import PRIORS
 from nope_ros.refine import REFINEMENTS, Refinement
+
+if TYPE_CHECKING:
+    from rclpy.node import Node
+    from rclpy.parameter import Parameter
 
 Value = bool | int | float | str | tuple[float, ...]
 Change = Literal["any time", "while inactive", "at start"]
@@ -278,6 +282,54 @@ def read(node: Node) -> Settings:
     values = {spec.field: node.get_parameter(spec.name).value for spec in SPECS}
     values["gravity_vector"] = tuple(values["gravity_vector"])
     return Settings(**values)
+
+
+def from_file(path: str) -> dict[str, Any]:
+    """What a file for ``--params-file`` sets of our parameters, by name; sections of all nodes, and any ``nope``.
+
+    Raises:
+        InputError: if it cannot be read.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            sections = yaml_library.safe_load(file) or {}
+        found: dict[str, Any] = {}
+        for node, section in sections.items():
+            if node == "/**" or node.rsplit("/", 1)[-1] == "nope":
+                found |= _flat(section["ros__parameters"])
+    except (OSError, yaml_library.YAMLError, AttributeError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: is no file of ROS parameters ({error})") from None
+    return {name: value for name, value in found.items() if name in BY_NAME}
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def settings_from(values: dict[str, Any]) -> Settings:
+    """Parameters without a node, by name; the others have their defaults.
+
+    Raises:
+        InputError: if a name is unknown or a value is refused.
+    """
+    fields_: dict[str, Any] = {}
+    for name, value in values.items():
+        spec = BY_NAME.get(name)
+        if spec is None:
+            raise InputError(f"{name}: is no parameter; known: {', '.join(BY_NAME)}")
+        kind = type(spec.default)
+        if kind is float and type(value) is int:
+            value = float(value)
+        if kind is tuple and isinstance(value, list) and all(type(one) in (int, float) for one in value):
+            value = tuple(float(one) for one in value)
+        problem = f"{name}: {value!r} is not of type {spec.type}" if type(value) is not kind else spec.problem(value)
+        if problem is not None:
+            raise InputError(problem)
+        fields_[spec.field] = value
+    return Settings(**fields_)
 
 
 # --- documents ------------------------------------------------------------------------------------------------------

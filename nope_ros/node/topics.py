@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from diagnostic_msgs.msg import DiagnosticArray
 from geometry_msgs.msg import PoseWithCovarianceStamped
-from rclpy.qos import QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image, Imu
 from tf2_msgs.msg import TFMessage
 from vision_msgs.msg import Detection3DArray
@@ -17,6 +16,9 @@ from visualization_msgs.msg import MarkerArray
 from nope_ros.frame import InputError
 from nope_ros.msg import ObjectPoseArray, PoseDistribution
 from nope_ros.srv import ListObjects, RegisterObject, UnregisterObject
+
+if TYPE_CHECKING:
+    from rclpy.qos import QoSProfile
 
 Direction = Literal["in", "out", "service"]
 
@@ -93,11 +95,15 @@ ENDPOINTS = (
 # Made anew for each endpoint: rclpy writes a user's overrides into the profile it is given.
 def input_qos() -> QoSProfile:
     """As for sensor data: the newest counts."""
+    from rclpy.qos import QoSProfile, ReliabilityPolicy
+
     return QoSProfile(depth=5, reliability=ReliabilityPolicy.BEST_EFFORT)
 
 
 def output_qos() -> QoSProfile:
     """Results must arrive."""
+    from rclpy.qos import QoSProfile, ReliabilityPolicy
+
     return QoSProfile(depth=10, reliability=ReliabilityPolicy.RELIABLE)
 
 

@@ -1,0 +1,76 @@
+"""TF for a node that runs: tf2_ros where it is installed, else a listener and a broadcaster of our own."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Protocol
+
+import numpy as np
+from geometry_msgs.msg import TransformStamped
+from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
+from rclpy.duration import Duration
+from rclpy.node import Node
+from rclpy.qos import DurabilityPolicy, QoSProfile
+from rclpy.time import Time
+from tf2_msgs.msg import TFMessage
+
+from nope_ros.node.distro import Array, TransformError, Transforms, TransformTree, rotation_matrix
+
+try:
+    import tf2_ros
+except ImportError:
+    tf2_ros = None
+
+
+class Broadcaster(Protocol):
+    """Sends transforms to /tf."""
+
+    def sendTransform(self, transform: list[TransformStamped]) -> None:
+        """Send them in one message."""
+        ...
+
+
+def listen(node: Node) -> Transforms:
+    """Start to collect what is on /tf and /tf_static. The node must be spun by another thread than asks."""
+    return TransformListener(node) if tf2_ros is None else _Tf2Listener(node)
+
+
+def broadcaster(node: Node) -> Broadcaster:
+    """A publisher to /tf."""
+    sender: Broadcaster = _Broadcaster(node) if tf2_ros is None else tf2_ros.TransformBroadcaster(node)
+    return sender
+
+
+class _Tf2Listener:
+    def __init__(self, node: Node) -> None:
+        self._buffer = tf2_ros.Buffer(node=node)
+        self._listener = tf2_ros.TransformListener(self._buffer, node)
+
+    def rotation(self, target: str, source: str, stamp: int, timeout: float) -> Array:
+        time, wait = Time(nanoseconds=stamp), Duration(nanoseconds=int(timeout * 1e9))
+        try:
+            transform = self._buffer.lookup_transform(target, source, time, wait)
+        except tf2_ros.TransformException as error:
+            raise TransformError(f"TF from '{source}' to '{target}': {error}") from None
+        q = transform.transform.rotation
+        return rotation_matrix(np.array([q.x, q.y, q.z, q.w]))
+
+
+class _Broadcaster:
+    def __init__(self, node: Node) -> None:
+        self._publisher = node.create_publisher(TFMessage, "/tf", 100)
+
+    def sendTransform(self, transform: list[TransformStamped]) -> None:
+        self._publisher.publish(TFMessage(transforms=transform))
+
+
+class TransformListener(TransformTree):
+    """A ``TransformTree`` fed by /tf and /tf_static."""
+
+    def __init__(self, node: Node) -> None:
+        super().__init__()
+        latched = QoSProfile(depth=100, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+        group = MutuallyExclusiveCallbackGroup()
+        for topic, qos, static in (("/tf", QoSProfile(depth=100), False), ("/tf_static", latched, True)):
+            receive = partial(self.take, static=static)
+            node.create_subscription(TFMessage, topic, receive, qos, callback_group=group)
