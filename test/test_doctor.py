@@ -1,0 +1,87 @@
+"""`nope-ros doctor` names each problem, and only those there are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from node_process import K, camera_info_message, image_message, scene, write_untrained_weights
+
+from nope_ros import doctor
+from nope_ros.doctor import Heard, judge
+
+NOW = 1_700_000_000_000_000_000
+
+
+def heard(**changes: Any) -> dict[str, Heard]:
+    """Five seconds of a healthy robot, with changes."""
+    image, mask = scene()
+    stamps = [NOW - 100_000_000 * index for index in range(10, 0, -1)]
+    last = {
+        "image": changes.get("image", image_message(image, "rgb8", stamps[-1])),
+        "camera_info": changes.get("camera_info", camera_info_message(stamps[-1])),
+        "mask": changes.get("mask", image_message(mask, "mono8", stamps[-1])),
+    }
+    return {
+        name: Heard(f"/{name}", 1, changes.get("quality", ""), [message], changes.get(f"{name}_stamps", stamps), 10)
+        for name, message in last.items()
+    }
+
+
+def problems(given: dict[str, Heard], now: int = NOW) -> list[str]:
+    return [one.what for one in judge(given, 5.0, now) if one.level != "ok"]
+
+
+def test_a_healthy_robot() -> None:
+    assert problems(heard()) == []
+
+
+image, mask = scene()
+UNWELL = {
+    "encoding": ({"image": image_message(image, "rgb16", NOW)}, "encoding 'rgb16' is not supported"),
+    "cut short": ({"mask": image_message(mask[:, ::2], "16UC1", NOW)}, "cut short"),
+    "no calibration": ({"camera_info": camera_info_message(NOW, 0 * K)}, "K is all zero"),
+    "calibration of another size": ({"camera_info": camera_info_message(NOW, K, (64, 48))}, "camera_info is for 64x48"),
+    "mask of another size": (
+        {"mask": image_message(mask[::2], "mono8", NOW)},
+        "the mask is 320x120, the image",
+    ),
+    "stamps of masks": ({"mask_stamps": [NOW - 5]}, "no mask has the stamp of an image"),
+    "zero stamps": ({"image_stamps": [0]}, "header.stamp is zero"),
+    "clock": ({"camera_info_stamps": [NOW - 60 * 10**9]}, "60 s behind"),
+    "frame": ({"image": image_message(image, "rgb8", NOW, frame="")}, "frame_id is empty"),
+    "QoS": ({"quality": "they never connect"}, "they never connect"),
+}
+
+
+@pytest.mark.parametrize("case", UNWELL)
+def test_an_unwell_robot(case: str) -> None:
+    changes, words = UNWELL[case]
+    found = problems(heard(**changes))
+    assert any(words in one for one in found), found
+    assert len({one.split(":")[0] for one in found}) <= (3 if case == "QoS" else 2), f"nothing else: {found}"
+
+
+def test_nothing_comes() -> None:
+    silent = {
+        name: Heard(f"/{name}", publishers) for name, publishers in (("image", 0), ("camera_info", 1), ("mask", 1))
+    }
+    found = problems(silent)
+    assert "nobody publishes /image" in found[0] and "nothing came" in found[1] and len(found) == 3
+
+
+def test_this_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = write_untrained_weights(tmp_path / "weights")
+    words = ["--no-live", "--device", "cpu", "--weights", str(weights), "--store"]
+    assert doctor.main([*words, str(tmp_path / "new" / "objects")]) == 0
+    told = capsys.readouterr().out
+    assert "untrained on cpu, sha256 " in told and "0 problems" in told
+    assert not (tmp_path / "new").exists(), "it looks and leaves nothing behind"
+    (tmp_path / "objects").mkdir()
+    (tmp_path / "objects" / "mug.object.safetensors").write_bytes(b"rubbish")
+    assert doctor.main([*words, str(tmp_path / "objects")]) == 0
+    assert "mug.object.safetensors is damaged" in capsys.readouterr().out
+    (weights / "model.safetensors").write_bytes((weights / "model.safetensors").read_bytes()[:999])
+    assert doctor.main([*words, str(tmp_path / "new" / "objects")]) == 1
+    assert "damaged or cut short" in capsys.readouterr().out
