@@ -122,10 +122,12 @@ def model(weights: str, place: str) -> Iterator[Finding]:
         digest = hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest()
         begin = time.perf_counter()
         image = np.zeros((120, 160, 3), np.uint8)
+        mask = np.zeros((120, 160), bool)
+        mask[30:90, 40:120] = True
         image[30:90, 40:120] = np.random.default_rng(0).integers(0, 255, (60, 80, 3), dtype=np.uint8)
         K = np.array([[150.0, 0, 80], [0, 150.0, 60], [0, 0, 1]])
-        registered = estimator.register(image, image.any(axis=2), K, object_id="doctor")
-        pose = estimator.estimate(image, image.any(axis=2), K, registered)
+        registered = estimator.register(image, mask, K, object_id="doctor")
+        pose = estimator.estimate(image, mask, K, registered)
         took = time.perf_counter() - begin
     except (InputError, OSError, RuntimeError) as error:
         yield Finding("problem", str(error), "check the parameters weights and device")
