@@ -180,6 +180,7 @@ COMMANDS = (
     Command("estimate", _estimate, "poses in a folder of images, as a library does it"),
     Command("register", _register, "an object of which there is a mesh"),
     Command("bag", _bag, "the node on recorded bags, without ROS: poses written to a bag"),
+    Command("doctor", _doctor, "what is installed, which device and model, whether topics arrive, and what to do"),
     Command("evaluate", _evaluate, "figures on photographs, meshes, procedural objects or BOP"),
     Command("benchmark", _benchmark, "times of ours and of the paper's way, side by side"),
     Command("report", _report, "the document of all figures, docs/benchmark.md"),
