@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import zlib
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -114,6 +116,7 @@ class ObjectStore:
         if keyframes is not None:
             about = {"names": keyframes.names, "spread": keyframes.spread, "provenance": asdict(keyframes.provenance)}
             metadata["keyframes"] = json.dumps(about)
+        metadata["checksum"] = _checksum(tensors, metadata)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
             with temporary.open("wb") as file:
@@ -123,7 +126,8 @@ class ObjectStore:
             temporary.replace(path)
             _sync_folder(self.folder)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):  # the folder itself may be gone
+                temporary.unlink(missing_ok=True)
             raise StoreError(
                 f"storage: object '{registered.object_id}' could not be written to {self.folder} ({error.strerror}); "
                 "it is registered, but will be gone after a restart: free the disk or choose another folder, then "
@@ -167,6 +171,9 @@ class ObjectStore:
             raise StoreError(
                 f"storage: {path} has format {metadata.get('format')}, this version reads {_FORMAT_VERSION}"
             )
+        told = metadata.pop("checksum", None)  # files of before there were checksums have none
+        if told is not None and told != _checksum(tensors, metadata):
+            raise StoreError(f"storage: {path} is damaged (its checksum differs); register the object again")
         if metadata.get("predictor") != predictor.identity:
             raise StoreError(f"storage: {path} was registered with other weights; register the object again")
         try:
@@ -198,6 +205,14 @@ class ObjectStore:
             )
         except (KeyError, ValueError, TypeError) as error:
             raise StoreError(f"storage: {path} is incomplete ({error}); register the object again") from None
+
+
+def _checksum(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:
+    """Of everything in a file: a disk's mistake must not become a wrong pose."""
+    value = zlib.crc32(json.dumps(metadata, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        value = zlib.crc32(tensor.contiguous().numpy().tobytes(), zlib.crc32(name.encode(), value))
+    return f"{value:08x}"
 
 
 def _rendered_tensors(views: RenderedViews) -> dict[str, torch.Tensor]:

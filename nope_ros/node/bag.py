@@ -138,10 +138,11 @@ class Moment:
     gravity: Gravity
 
 
-def moments(job: Job) -> Iterator[Moment]:
+def moments(job: Job, complain: Callable[[object], object] = lambda problem: None) -> Iterator[Moment]:
     """The frames of a bag as the node's pairing completes them.
 
-    What a live node waits for after the frame, TF at the image's stamp, is read ahead as far as the node would wait.
+    ``complain`` is told of messages that are left out. What a live node waits for after the frame, TF at the image's
+    stamp, is read ahead as far as the node would wait.
 
     Raises:
         InputError: if the bag cannot be read, or a topic is missing.
@@ -192,8 +193,12 @@ def moments(job: Job) -> Iterator[Moment]:
             message = deserialized(bytes(data), connection.msgtype)
             if connection.topic in kinds:
                 kind = kinds[connection.topic]
-                size = 0 if kind == "camera_info" else len(message.data)
-                pairing.add(kind, messages.nanoseconds(message.header.stamp), message, size)
+                try:
+                    stamp = messages.checked_stamp(kind, message.header)
+                except InputError as error:
+                    complain(error)
+                    continue
+                pairing.add(kind, stamp, message, 0 if kind == "camera_info" else len(message.data))
                 match = pairing.take(timeout=0)
                 if match is not None:
                     complete.append(Moment(match, when, gravity))
@@ -327,7 +332,7 @@ def process(job: Job, report: Report = lambda done, total: None) -> Summary:
         resumed = journal.done
         report(resumed, total)
         use_threads(job.settings.threads)
-        for moment in islice(moments(job), resumed, None):
+        for moment in islice(moments(job, complain), resumed, None):
             journal.add(_frame(moment, job, objects, estimator, journal.marked, complain))
             report(journal.done, total)
         summary = Summary(job.target, journal.done, journal.poses, resumed, tuple(problems))

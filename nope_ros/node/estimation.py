@@ -106,6 +106,7 @@ def estimate(
         InputError: if the frame cannot be used.
     """
     header = match.image.header
+    messages.check_together(match.image, match.mask, match.camera_info)
     image = messages.image_array(match.image)
     camera = messages.camera(match.camera_info, rectified=settings.rectified)
     ids = messages.mask_array(match.mask)

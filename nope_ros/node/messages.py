@@ -5,12 +5,16 @@ What comes in is checked here, and an ``InputError`` names the topic, what is wr
 
 from __future__ import annotations
 
+import warnings
 from array import array
 from collections.abc import Collection, Iterable, Sequence
+from io import BytesIO
 from typing import TypeVar, get_args
 
 import cv2
 import numpy as np
+import PIL
+import PIL.Image
 from builtin_interfaces.msg import Time
 from geometry_msgs.msg import (
     Point,
@@ -38,6 +42,9 @@ Pixel = TypeVar("Pixel", np.uint8, np.uint16, np.float32)
 
 MASK_ENCODINGS = ("mono8", "8UC1", "16UC1", "mono16")
 DEPTH_ENCODINGS = ("32FC1", "16UC1", "mono16")
+
+# Of an image that is decoded: twice the largest cameras', 400 MB.
+_MOST_PIXELS = 2**27
 
 # Colours of the x, y and z axis.
 _AXES = ((0.9, 0.1, 0.1), (0.1, 0.7, 0.1), (0.15, 0.35, 1.0))
@@ -74,6 +81,7 @@ def _decompressed(message: CompressedImage) -> NDArray[np.uint8]:
     data = np.frombuffer(message.data, np.uint8)
     if data.size == 0:
         raise InputError("image: the compressed image is empty")
+    _check_announced_size(data)
     decoded = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB)
     if decoded is None:
         raise InputError(
@@ -82,6 +90,47 @@ def _decompressed(message: CompressedImage) -> NDArray[np.uint8]:
         )
     rgb: NDArray[np.uint8] = decoded
     return rgb
+
+
+def _check_announced_size(data: NDArray[np.uint8]) -> None:
+    # Before anything is decoded: a few bytes can announce gigabytes.
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
+            width, height = PIL.Image.open(BytesIO(data)).size
+    except PIL.Image.DecompressionBombError as error:
+        raise InputError(f"image: {error}") from None
+    except (PIL.UnidentifiedImageError, OSError, ValueError, SyntaxError):
+        return  # the decoder says what is wrong
+    if max(width, height) > LARGEST_SIDE or width * height > _MOST_PIXELS:
+        raise InputError(f"image: {width}x{height} px are announced, more than any camera has")
+
+
+def check_together(image: Image | CompressedImage, mask: Image, camera_info: CameraInfo) -> None:
+    """Refuse messages of several cameras: where a camera is started anew, or two run in step, stamps are not enough.
+
+    Raises:
+        InputError: if the mask or the calibration is of another frame than the image. Empty frames go with any.
+    """
+    frame = image.header.frame_id
+    for name, other, advice in (
+        ("mask", mask.header.frame_id, "the segmentation must copy the header of its image"),
+        ("camera_info", camera_info.header.frame_id, "publish it with the header of its image"),
+    ):
+        if frame and other and other != frame:
+            raise InputError(f"{name}: is of the frame '{other}', the image of '{frame}'; {advice}")
+
+
+def checked_stamp(kind: str, header: Header) -> int:
+    """The stamp of an image, mask or depth image, nanoseconds.
+
+    Raises:
+        InputError: if there is none. All would be taken for the same moment.
+    """
+    stamp = nanoseconds(header.stamp)
+    if stamp == 0 and kind != "camera_info":
+        raise InputError(f"{kind}: header.stamp is zero, so nothing tells which image and mask belong together; set it")
+    return stamp
 
 
 def mask_array(message: Image) -> NDArray[np.uint16]:

@@ -271,7 +271,22 @@ class NopeNode(LifecycleNode):
         )
 
     def _serve(self, endpoint: topics.Endpoint, answer: Callable[[Any, Any], Any], group: CallbackGroup) -> None:
-        self.create_service(endpoint.type, endpoint.name, answer, callback_group=group)
+        def guarded(request: Any, response: Any) -> Any:
+            try:
+                return answer(request, response)
+            except Exception as error:  # not foreseen; it must not take the node and its objects down
+                self._unforeseen(error)
+                if hasattr(response, "success"):
+                    response.success = False
+                    response.message = f"unforeseen {type(error).__name__}: {error}; the node's log has more"
+                return response
+
+        qos = topics.service_qos()
+        self.create_service(endpoint.type, endpoint.name, guarded, qos_profile=qos, callback_group=group)
+
+    def _unforeseen(self, error: Exception) -> None:
+        """Tell of a mistake of ours, once with where it happened."""
+        self._complain(f"unforeseen {type(error).__name__}: {error}\n{traceback.format_exc()}")
 
     # --- parameters -------------------------------------------------------------------------------------------------
 
@@ -296,9 +311,14 @@ class NopeNode(LifecycleNode):
     # --- inputs -----------------------------------------------------------------------------------------------------
 
     def _receive(self, kind: Kind, message: Any) -> None:
-        if self._session is not None:
-            size = 0 if kind == "camera_info" else len(message.data)
-            self._pairing.add(kind, messages.nanoseconds(message.header.stamp), message, size)
+        if self._session is None:
+            return
+        try:
+            stamp = messages.checked_stamp(kind, message.header)
+        except InputError as error:
+            self._complain(error)
+            return
+        self._pairing.add(kind, stamp, message, 0 if kind == "camera_info" else len(message.data))
 
     def _receive_imu(self, message: Imu) -> None:
         if self._imu is not None:
@@ -328,10 +348,13 @@ class NopeNode(LifecycleNode):
         objects = list(self._objects.values())
         try:
             result = estimate(match, objects, session.estimator, settings, self._gravity, self._complain)
+            self._publish(Outputs(result, settings))
         except (InputError, torch.cuda.OutOfMemoryError) as error:
             self._complain(error)
             return
-        self._publish(Outputs(result, settings))
+        except Exception as error:  # one frame is not worth the node
+            self._unforeseen(error)
+            return
         age = self.get_clock().now().nanoseconds - match.stamp
         self._latencies.add(Latency(time.perf_counter() - begin, age / 1e9))
 

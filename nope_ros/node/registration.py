@@ -48,6 +48,7 @@ def reference_frame(match: Match, instance: int, *, rectified: bool) -> Frame:
     Raises:
         InputError: if it can't be, or shows the object in part only.
     """
+    messages.check_together(match.image, match.mask, match.camera_info)
     ids = messages.mask_array(match.mask)
     present = messages.instances(ids, at_most=20)
     if instance == 0 and len(present) > 1:

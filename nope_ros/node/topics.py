@@ -107,6 +107,13 @@ def output_qos() -> QoSProfile:
     return QoSProfile(depth=10, reliability=ReliabilityPolicy.RELIABLE)
 
 
+def service_qos() -> QoSProfile:
+    """Room for many callers: of the default ten calls that wait, the eleventh would push out the first, unanswered."""
+    from rclpy.qos import QoSProfile, ReliabilityPolicy
+
+    return QoSProfile(depth=100, reliability=ReliabilityPolicy.RELIABLE)
+
+
 def object_topic(object_id: str) -> str:
     """Topic of one object's pose. Topics know fewer characters than object ids; others become '_'.
 
