@@ -151,6 +151,11 @@ class NodeProcess:
     ) -> None:
         self.stop()
 
+    @property
+    def pid(self) -> int:
+        """Its process."""
+        return self._process.pid
+
     def check(self) -> None:
         """Raise SessionError, with its last words, if it has ended."""
         code = self._process.poll()

@@ -180,7 +180,7 @@ def refined(
     settings: Settings,
     complain: Complain,
 ) -> PoseEstimate:
-    """The estimate as the parameter ``refinement`` wants it, or as it is, after a complaint, where that can't be had."""
+    """The estimate as the parameter ``refinement`` wants it; as it is, after a complaint, where that can't be had."""
     try:
         return estimator.refine(query, registered, estimate, settings.refinement)
     except InputError as error:

@@ -97,7 +97,7 @@ def _check_announced_size(data: NDArray[np.uint8]) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
-            width, height = PIL.Image.open(BytesIO(data)).size
+            width, height = PIL.Image.open(BytesIO(data.tobytes())).size
     except PIL.Image.DecompressionBombError as error:
         raise InputError(f"image: {error}") from None
     except (PIL.UnidentifiedImageError, OSError, ValueError, SyntaxError):
