@@ -47,6 +47,12 @@ def _bag(words: Words) -> int:
     return bag.main(words)
 
 
+def _load(words: Words) -> int:
+    from nope_ros.demo import load
+
+    return load.main(words)
+
+
 def _doctor(words: Words) -> int:
     from nope_ros import doctor
 
@@ -181,6 +187,7 @@ COMMANDS = (
     Command("register", _register, "an object of which there is a mesh"),
     Command("bag", _bag, "the node on recorded bags, without ROS: poses written to a bag"),
     Command("doctor", _doctor, "what is installed, which device and model, whether topics arrive, and what to do"),
+    Command("load", _load, "the node under load: latency, memory, CPU (needs ROS)"),
     Command("evaluate", _evaluate, "figures on photographs, meshes, procedural objects or BOP"),
     Command("benchmark", _benchmark, "times of ours and of the paper's way, side by side"),
     Command("report", _report, "the document of all figures, docs/benchmark.md"),
