@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from nope_ros.estimator import PoseEstimator, RegisteredObject
     from nope_ros.frame import Camera, Frame, InputError
     from nope_ros.pose import PoseEstimate, PoseMode
+    from nope_ros.tracking import Tracker
 
 __all__ = [
     "Ambiguity",
@@ -19,6 +20,7 @@ __all__ = [
     "PoseMode",
     "RegisteredObject",
     "RotationDistribution",
+    "Tracker",
 ]
 
 # Looked up when asked for: nope_ros.msg is part of this package, and whoever reads a message (`ros2 topic echo` on the
@@ -33,6 +35,7 @@ _HOME = {
     "InputError": "frame",
     "PoseEstimate": "pose",
     "PoseMode": "pose",
+    "Tracker": "tracking",
 }
 
 

@@ -129,6 +129,20 @@ class RegisteredObject:
         egocentric = seen.transformed(query.crop.R_virtual_camera.T, self.R_virtual_camera)
         return egocentric, float(match.similarity[np.argmax(seen.probabilities)])
 
+    def pose_in(
+        self, query: Query, distribution: RotationDistribution, similarity: float, prior: Prior
+    ) -> PoseEstimate:
+        """The pose that a distribution of delta_R in camera axes means in a query."""
+        return pose_estimate(
+            self.object_id,
+            self.reference_at(distribution.mode.R, query.crop.R_virtual_camera),
+            query.crop,
+            distribution,
+            similarity,
+            prior,
+            query.frame.touches_border,
+        )
+
 
 class PoseEstimator:
     """Registers objects and estimates their poses. Calls may come from several threads.
@@ -463,15 +477,7 @@ class PoseEstimator:
         """The pose that the templates give; ``prior`` as in ``estimate``."""
         used = resolve(prior, registered.gravity_known, query.gravity_virtual is not None)
         distribution, similarity = registered.distribution(query, used)
-        return pose_estimate(
-            registered.object_id,
-            registered.reference_at(distribution.mode.R, query.crop.R_virtual_camera),
-            query.crop,
-            distribution,
-            similarity,
-            used,
-            query.frame.touches_border,
-        )
+        return registered.pose_in(query, distribution, similarity, used)
 
     def refine(
         self,

@@ -15,8 +15,8 @@ from nope_ros.frame import Frame, InputError
 from nope_ros.prior import Prior
 
 Array = NDArray[np.float64]
-Stage = Literal["template", "affine", "offsets", "synthesis"]
-"""What a pose comes from: the mean of the templates around the best one, or the refiner that moved it last."""
+Stage = Literal["template", "tracking", "affine", "offsets", "synthesis"]
+"""What a pose comes from: the templates of one frame, of all frames until now, or the refiner that moved it last."""
 
 # Standard deviations: how far the enclosing circle of an outline misleads about the object when it is seen from
 # elsewhere, relative to the circle's radius. They grow with the rotation.
@@ -52,11 +52,11 @@ class PoseEstimate:
         covariance: (6, 6): x, y, z, then the rotation vector of R R̂ᵀ, about the camera's fixed axes.
         distribution: over delta_R.
         orientations: (N, 3, 3) R_camera_object for each rotation of the distribution.
-        modes: most probable first; refined as the pose is.
+        modes: the pose's first, then the most probable; refined as the pose is.
         similarity: cosine of the query's latent and the best template.
         prior: what was assumed of gravity.
         truncated: whether the mask reaches the image border.
-        stage: what the pose comes from. The distribution is always that of the templates.
+        stage: what the pose comes from. The distribution is that of the templates, before any refiner.
     """
 
     object_id: str

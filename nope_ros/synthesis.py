@@ -241,8 +241,12 @@ class SynthesisRefiner:
         self.agreement = agreement
 
     def refine(self, query: Query, registered: RegisteredObject, estimate: PoseEstimate) -> Refined | None:
-        """See ``Refiner``. An uninformative distribution is left alone: any peak of it is noise."""
-        if estimate.ambiguity == Ambiguity.UNINFORMATIVE:
+        """See ``Refiner``.
+
+        An uninformative distribution is left alone: any peak of it is noise. So is a tracked pose: this frame's peak
+        is worse than the mean of what many frames said.
+        """
+        if estimate.ambiguity == Ambiguity.UNINFORMATIVE or estimate.stage == "tracking":
             return None
         # Egocentric to allocentric, as latents are, and back at the end.
         left, right = query.crop.R_virtual_camera, registered.R_virtual_camera.T

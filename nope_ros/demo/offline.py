@@ -27,6 +27,7 @@ from nope_ros.frame import Frame, InputError
 from nope_ros.pose import PoseEstimate
 from nope_ros.prior import PRIORS
 from nope_ros.refine import REFINEMENTS
+from nope_ros.tracking import Tracker
 
 
 def as_json(moment: Moment, estimate: PoseEstimate) -> dict[str, Any]:
@@ -60,6 +61,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--weights", help="folder of weights; the packaged ones if it is left out")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (%(default)s)")
     parser.add_argument("--refinement", default="none", choices=REFINEMENTS, help="after the templates (%(default)s)")
+    parser.add_argument("--tracking", action="store_true", help="follow the object over the frames, not each alone")
+    parser.add_argument(
+        "--camera-motion",
+        action="store_true",
+        help="let tracking know how the camera turned, as TF would tell, from the true poses of an object that stands",
+    )
     parser.add_argument("--frames", type=int, help="at most this many, spread over the sequence")
     parser.add_argument("--reference", type=int, default=0, help="which frame to register (%(default)s)")
     parser.add_argument("--reference-distance", type=float, help="metres from the camera to the object in that frame")
@@ -76,6 +83,7 @@ def _run(given: argparse.Namespace, console: Console) -> int:
     recording = open_recording(given.data, reference=given.reference, limit=given.frames)
     estimator = PoseEstimator.from_pretrained(given.weights, device=given.device, refinement=given.refinement)
     registered, reference = None, None
+    tracker = Tracker() if given.tracking else None
     poses: list[dict[str, Any]] = []
     scores: list[FrameScore] = []
     seconds: list[float] = []
@@ -93,7 +101,14 @@ def _run(given: argparse.Namespace, console: Console) -> int:
                 frame, object_id=recording.name, reference_distance=distance, gravity_camera=gravity
             )
         begin = time.perf_counter()
-        (estimate,) = estimator.estimate_frame(frame, [registered], prior=given.prior, gravity_camera=gravity)
+        query = estimator.look(frame, gravity)
+        estimate = estimator.match(query, registered, given.prior)
+        if tracker is not None:
+            truth = moment.truth if given.camera_motion else None
+            R_fixed_camera = None if truth is None else truth.R_camera_object.T
+            stamp = None if moment.stamp is None else moment.stamp / 1e9
+            estimate = tracker.update(query, registered, estimate, stamp, R_fixed_camera)
+        estimate = estimator.refine(query, registered, estimate)
         seconds.append(time.perf_counter() - begin)
         poses.append(as_json(moment, estimate))
         if reference is not None and moment.truth is not None:

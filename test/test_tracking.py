@@ -1,0 +1,187 @@
+"""The filter over time: what it inherits, what it leaves again, and how sure it is."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from nope_ros import PoseEstimator
+from nope_ros.distribution import RotationDistribution
+from nope_ros.latent import RotatedLatentPredictor
+from nope_ros.models.rotated_latent import RotatedLatentConfig, RotatedLatentNetwork
+from nope_ros.prior import PRIORS, hypotheses
+from nope_ros.rotations import exp, geodesic_distance, look_at
+from nope_ros.tracking import Tracker
+
+K = np.array([[300.0, 0, 159.5], [0, 300.0, 119.5], [0, 0, 1]])
+REFERENCE = look_at(np.array([1.0, 0.0, 0.6]))
+SIGMA = np.radians(8)
+
+
+def frame():
+    from nope_ros import Frame
+
+    image = np.full((240, 320, 3), 90, np.uint8)
+    mask = np.zeros((240, 320), bool)
+    mask[80:160, 120:200] = True
+    return Frame.from_arrays(image, mask, K)
+
+
+@pytest.fixture(scope="module")
+def estimator():
+    torch.manual_seed(0)
+    network = RotatedLatentNetwork(RotatedLatentConfig(widths=(32, 32, 32), crop_size=64))
+    return PoseEstimator(RotatedLatentPredictor(network, device="cpu"))
+
+
+@pytest.fixture(scope="module")
+def registered(estimator):
+    return estimator.register_frame(frame(), object_id="thing", gravity_camera=REFERENCE @ [0, 0, -1.0])
+
+
+class Scene:
+    """An object on a table, a camera that walks around it, and a sensor that sees what a test says.
+
+    The crop of the frame looks along the optical axis, so that virtual and real camera are nearly one.
+    """
+
+    def __init__(self, estimator, registered, prior="standing"):
+        self.estimator, self.registered, self.prior = estimator, registered, prior
+        self.tracker = Tracker()
+        self.time = 0.0
+        look = estimator.look(frame())
+        self.turn = look.crop.R_virtual_camera
+        self.look = look
+
+    def see(self, azimuth, heights, elevation=0.5, seconds=0.1, known=True, object_yaw=0.0):
+        """One frame from an azimuth; ``heights``: {yaw error in degrees: log-likelihood of that peak}."""
+        direction = np.array(
+            [np.cos(azimuth) * np.cos(elevation), np.sin(azimuth) * np.cos(elevation), np.sin(elevation)]
+        )
+        R_camera_fixed = look_at(direction)
+        spin = exp(np.array([0, 0, object_yaw]))
+        truth = R_camera_fixed @ spin @ REFERENCE.T
+        down = R_camera_fixed @ [0, 0, -1.0]
+        gravity = None if self.prior == "free" else self.turn @ down
+        query = replace(self.look, gravity_virtual=gravity)
+        possible = hypotheses(self.prior, self.registered.gravity_virtual, gravity)
+        rotations = self.turn.T @ possible.rotations @ self.registered.R_virtual_camera
+        log_likelihood = np.full(len(rotations), -12.0)
+        for error, height in heights.items():
+            peak = R_camera_fixed @ spin @ exp(np.radians([0, 0, error])) @ REFERENCE.T
+            angle = geodesic_distance(rotations, peak)
+            log_likelihood = np.logaddexp(log_likelihood, height - 0.5 * (angle / SIGMA) ** 2)
+        seen = RotationDistribution.from_log_likelihood(
+            rotations, log_likelihood, possible.log_weight, possible.spacing
+        )
+        alone = self.registered.pose_in(query, seen, 1.0, self.prior)
+        self.time += seconds
+        pose = self.tracker.update(query, self.registered, alone, self.time, R_camera_fixed.T if known else None)
+        return pose, np.degrees(geodesic_distance(pose.delta_R, truth))
+
+
+@pytest.mark.parametrize("prior", PRIORS)
+def test_an_ambiguous_view_inherits_what_an_earlier_one_told(estimator, registered, prior):
+    scene = Scene(estimator, registered, prior)
+    for azimuth in np.arange(0, 1.2, 0.15):
+        pose, _ = scene.see(azimuth, {0: 0.0})
+    errors = []
+    for azimuth in np.arange(1.2, 3.0, 0.15):  # now the false one is the likelier one
+        pose, error = scene.see(azimuth, {0: 0.0, 180: 0.3})
+        errors.append(error)
+    assert max(errors) < 20
+    assert pose.stage == "tracking" and pose.prior == prior
+    alone, error = Scene(estimator, registered, prior).see(3.0, {0: 0.0, 180: 0.3})
+    assert error > 150 and alone.stage == "template"
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_symmetric_objects_do_not_flip(estimator, registered, known):
+    scene = Scene(estimator, registered)
+    rng = np.random.default_rng(0)
+    alone, tracked = [], []
+    for azimuth in np.arange(0, 3.0, 0.05):
+        first, second = rng.normal(0, 0.5, 2)
+        _, error = scene.see(azimuth, {0: first, 180: second}, known=known)
+        tracked.append(error > 90)
+        alone.append(second > first)
+    flips = lambda sides: int(np.sum(np.diff(np.array(sides, int)) != 0))  # noqa: E731
+    assert flips(alone) > 10
+    assert flips(tracked) == 0
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_wrong_start_is_left_again(estimator, registered, known):
+    scene = Scene(estimator, registered)
+    for azimuth in np.arange(0, 0.5, 0.1):
+        _, error = scene.see(azimuth, {120: 0.0}, known=known)
+    assert error > 100
+    errors = [scene.see(azimuth, {0: 0.0}, known=known)[1] for azimuth in np.arange(0.5, 3.0, 0.1)]
+    assert errors[-1] < 10
+    # And when the object is turned by hand before a camera that stands still.
+    for _ in range(100):
+        _, error = scene.see(3.0, {0: 0.0}, known=known, object_yaw=1.5)
+    assert error < 10
+
+
+def test_standing_still_makes_it_no_surer(estimator, registered):
+    scene = Scene(estimator, registered)
+    first, _ = scene.see(1.0, {0: 0.0, 180: -0.4})
+    for _ in range(100):
+        last, _ = scene.see(1.0, {0: 0.0, 180: -0.4})
+    assert abs(last.confidence - first.confidence) < 0.1
+    walked = Scene(estimator, registered)
+    for azimuth in np.linspace(1, 3, 40):
+        last, _ = walked.see(azimuth, {0: 0.0, 180: -0.4})
+    assert last.confidence > first.confidence + 0.05
+
+
+def test_noise_is_averaged_and_the_spread_says_so(estimator, registered):
+    rng = np.random.default_rng(1)
+    errors, alone, squared = [], [], []
+    for _ in range(30):
+        scene = Scene(estimator, registered)
+        noise = rng.normal(0, 8, 12)
+        for azimuth, off in zip(np.arange(12) * 0.35, noise, strict=True):  # 20° steps
+            pose, error = scene.see(azimuth, {off: 0.0})
+        errors.append(error)
+        alone.append(abs(noise[-1]))
+        squared.append(np.radians(error) ** 2 / (pose.covariance[3:, 3:].trace()))
+    assert np.median(errors) < 0.7 * np.median(alone)
+    assert np.mean(squared) < 1.3
+
+
+def test_it_starts_anew_when_it_must(estimator, registered):
+    def surprised(change):
+        scene = Scene(estimator, registered)
+        for azimuth in np.arange(0, 1.0, 0.1):
+            scene.see(azimuth, {0: 0.0})
+        return change(scene)[0].stage == "template"
+
+    assert not surprised(lambda scene: scene.see(1.0, {0: 0.0}, seconds=2.0))
+    assert surprised(lambda scene: scene.see(1.0, {0: 0.0}, seconds=8.0))
+    assert surprised(lambda scene: scene.see(1.0, {0: 0.0}, seconds=-0.5))
+
+    def registered_again(scene):
+        scene.registered = replace(scene.registered)
+        return scene.see(1.0, {0: 0.0})
+
+    def reset(scene):
+        scene.tracker.reset()
+        return scene.see(1.0, {0: 0.0})
+
+    def other_prior(scene):
+        scene.prior = "free"
+        return scene.see(1.0, {0: 0.0})
+
+    assert surprised(registered_again) and surprised(reset) and surprised(other_prior)
+
+
+def test_without_stamps_frames_are_even_steps(estimator, registered):
+    scene = Scene(estimator, registered)
+    query = scene.look
+    alone = estimator.match(query, registered, "free")
+    tracker = Tracker()
+    assert tracker.update(query, registered, alone).stage == "template"
+    assert tracker.update(query, registered, alone).stage == "tracking"
