@@ -114,55 +114,9 @@ def _train(words: Words) -> int:
 
 
 def _register(words: Words) -> int:
-    parser = argparse.ArgumentParser(
-        prog="nope-ros register",
-        description="Register an object from a mesh; the node finds it in the folder of registered objects.",
-    )
-    parser.add_argument("object_id", metavar="NAME", help="of the object: its TF frame")
-    parser.add_argument("--mesh", type=Path, required=True, metavar="FILE", help="in metres; its frame is the object's")
-    parser.add_argument("--diameter", type=float, metavar="METRES", help="scale the mesh to it")
-    parser.add_argument(
-        "--up", choices=("x", "y", "z", "-x", "-y", "-z"), help="axis of the mesh that points up as the object stands"
-    )
-    parser.add_argument(
-        "--store", type=Path, default=Path("~/.local/share/nope_ros"), help="folder of registered objects (%(default)s)"
-    )
-    parser.add_argument("--weights", help="folder of weights; the packaged ones if it is left out")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (%(default)s)")
-    given = parser.parse_args(words)
+    from nope_ros.demo import register
 
-    import numpy as np
-    from rich.console import Console
-    from rich.progress import Progress
-
-    from nope_ros.estimator import PoseEstimator
-    from nope_ros.frame import InputError
-    from nope_ros.store import ObjectStore, check_object_id
-
-    up = None
-    if given.up is not None:
-        up = np.zeros(3)
-        up["xyz".index(given.up[-1])] = -1.0 if given.up.startswith("-") else 1.0
-    try:
-        check_object_id(given.object_id)
-        store = ObjectStore(given.store)
-        estimator = PoseEstimator.from_pretrained(given.weights, device=given.device)
-        with Progress(console=Console(stderr=True)) as progress:
-            task = progress.add_task("rendering", total=None)
-            registered = estimator.register_mesh(
-                given.mesh,
-                object_id=given.object_id,
-                object_diameter=given.diameter,
-                gravity_object=None if up is None else -up,
-                progress=lambda done, total: progress.update(task, completed=done, total=total),
-            )
-        store.save(registered)
-    except InputError as error:
-        print(f"nope-ros register: {error}", file=sys.stderr)
-        return 2
-    note = "" if registered.gravity_known else "; without --up, so any orientation is possible"
-    print(f"Registered '{given.object_id}' in {store.folder}: {registered.template_count} templates{note}")
-    return 0
+    return register.main(words)
 
 
 def _reference(words: Words) -> int:
@@ -184,7 +138,7 @@ COMMANDS = (
     Command("demo", _demo, "the real node on a recorded sequence: poses, pictures, figures (needs ROS)"),
     Command("play", _play, "a recorded sequence as ROS topics (needs ROS)"),
     Command("estimate", _estimate, "poses in a folder of images, as a library does it"),
-    Command("register", _register, "an object of which there is a mesh"),
+    Command("register", _register, "an object from a walk around it (folder, bag or video), or from its mesh"),
     Command("bag", _bag, "the node on recorded bags, without ROS: poses written to a bag"),
     Command("doctor", _doctor, "what is installed, which device and model, whether topics arrive, and what to do"),
     Command("load", _load, "the node under load: latency, memory, CPU (needs ROS)"),

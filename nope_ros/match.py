@@ -244,5 +244,6 @@ def _turns(rotations: Array, bandwidth: int, device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=4)
 def free_turns(bandwidth: int, device: torch.device) -> Tensor:
+    """The flattened D (4608, Σ(2l+1)²) of ``free_rotations``, computed once."""
     """The flattened D (N, Σ(2l+1)²) of the free grid: the same for every object, and kept."""
     return _turns(free_rotations(), bandwidth, device)

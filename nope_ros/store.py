@@ -13,6 +13,7 @@ import zlib
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -239,7 +240,7 @@ def _keyframes(metadata: dict[str, str], tensors: dict[str, torch.Tensor], predi
     if "keyframes" not in metadata:
         return None
     about = json.loads(metadata["keyframes"])
-    arrays = {key: tensors[f"keyframes.{key}"].numpy() for key in _KEYFRAME_ARRAYS}
+    arrays: dict[str, Any] = {key: tensors[f"keyframes.{key}"].numpy() for key in _KEYFRAME_ARRAYS}
     return Keyframes(
         names=tuple(about["names"]),
         latents=tensors["keyframes.latents"].to(predictor.device),

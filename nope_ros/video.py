@@ -30,11 +30,11 @@ from nope_ros.crop import Crop, roll_of_gravity, virtual_crop
 from nope_ros.frame import Frame, InputError
 from nope_ros.harmonics import rotate, wigner_d
 from nope_ros.latent import Predictor, RotatedLatentPredictor
-from nope_ros.match import predict_bank
+from nope_ros.match import free_turns, predict_bank
 from nope_ros.models.rotated_latent import correlation, flatten_d
 from nope_ros.pose import distance_from_depth
 from nope_ros.prior import free_rotations, standing_rotations
-from nope_ros.rotations import exp, geodesic_distance, log
+from nope_ros.rotations import exp, geodesic_distance, log, turn_to
 
 Array = NDArray[np.float64]
 Pose = tuple[Array, Array]
@@ -62,6 +62,8 @@ _MODES = 3
 _CLOSED = np.radians(20.0)
 """How well a cycle of three relative rotations closes when all are right: each errs by some 10°."""
 _OUTLIER = np.radians(30.0)
+_STEP = np.radians(25.0)
+"""Standard deviation of the turn between one view of a walk and the next, of those that are compared."""
 
 
 @dataclass(frozen=True)
@@ -98,14 +100,17 @@ class Walk:
 
     Args:
         crop_size: side of the predictor's crops, pixels.
+        ordered: whether frames come as they were taken, so that those next to each other show nearly the same; helps
+            where camera poses are not given.
 
     Attributes:
         views: frames that can be used, so far as one frame alone can tell.
         refused: the others.
     """
 
-    def __init__(self, crop_size: int) -> None:
+    def __init__(self, crop_size: int, *, ordered: bool = True) -> None:
         self.crop_size = crop_size
+        self.ordered = ordered
         self.views: list[View] = []
         self.refused: list[Refusal] = []
 
@@ -219,6 +224,7 @@ class Keyframes:
         R_fixed_object: (3, 3), the object frame in the frame of the camera poses.
         t_fixed_object: (3,) its origin there.
         provenance: of the object frame.
+        refused: frames that were not used, and why; not kept on disk.
     """
 
     names: tuple[str, ...]
@@ -229,6 +235,7 @@ class Keyframes:
     R_fixed_object: Array
     t_fixed_object: Array
     provenance: Provenance
+    refused: tuple[Refusal, ...] = ()
 
     @property
     def directions(self) -> Array:
@@ -248,7 +255,6 @@ class Plan:
         t_camera_object: (3,) of the first, in the unit of the walk; None if only rotations are known.
         radius: of the object in that unit; None likewise.
         gravity_known: whether the object's z axis is up in the world.
-        refused: all frames that were not used, and why.
     """
 
     keyframes: Keyframes
@@ -257,7 +263,6 @@ class Plan:
     t_camera_object: Array | None
     radius: float | None
     gravity_known: bool
-    refused: tuple[Refusal, ...]
 
 
 def plan_keyframes(
@@ -306,7 +311,9 @@ def plan_keyframes(
         views = _spread_over_time(views, _GRAPH)
         report(f"relative rotations of {len(views)} frames")
         latents = encode([view.crop for view in views]).reshape(-1, *predictor.latent_shape)
-        averaged = average_rotations(latents, [_gravity_virtual(view) for view in views], predictor.temperature)
+        averaged = average_rotations(
+            latents, [_gravity_virtual(view) for view in views], predictor.temperature, ordered=walk.ordered
+        )
         R_virtual_camera = np.stack([view.crop.R_virtual_camera for view in views])
         rotations = np.swapaxes(R_virtual_camera, 1, 2) @ averaged.rotations
         kept = [index for index in range(len(views)) if averaged.agreeing[index] >= 0.25]
@@ -350,16 +357,17 @@ def plan_keyframes(
         agreement=agreement,
     )
     keyframes = Keyframes(
-        tuple(view.name for view in views),
-        latents,
-        R_virtual_object,
-        R_camera_object,
-        spread,
-        R_fixed_object,
-        origin,
-        provenance,
+        names=tuple(view.name for view in views),
+        latents=latents,
+        R_virtual_object=R_virtual_object,
+        R_camera_object=R_camera_object,
+        spread=spread,
+        R_fixed_object=R_fixed_object,
+        t_fixed_object=origin,
+        provenance=provenance,
+        refused=tuple(refused),
     )
-    return Plan(keyframes, tuple(views), R_camera_object[0], t, radius, how != "image", tuple(refused))
+    return Plan(keyframes, tuple(views), R_camera_object[0], t, radius, how != "image")
 
 
 def _check_enough(views: Sequence[View], refused: Sequence[Refusal], walk: Walk) -> None:
@@ -603,7 +611,9 @@ class Averaged:
     outliers: int
 
 
-def average_rotations(latents: Tensor, gravity_virtual: Sequence[Array | None], temperature: float = 1.0) -> Averaged:
+def average_rotations(
+    latents: Tensor, gravity_virtual: Sequence[Array | None], temperature: float = 1.0, *, ordered: bool = False
+) -> Averaged:
     """Rotations of views from what their latents say about each pair of them.
 
     Each pair gives up to three relative rotations, the modes of its distribution. Right ones close the triangles that
@@ -615,9 +625,10 @@ def average_rotations(latents: Tensor, gravity_virtual: Sequence[Array | None], 
         latents: (N, (L+1)², C).
         gravity_virtual: of each view; used where all have it, since only yaw is open then.
         temperature: of the likelihood.
+        ordered: whether views are in the order of a walk; neighbours are then expected to differ little.
     """
     count = len(latents)
-    relative, mass = _pair_modes(latents, gravity_virtual, temperature)
+    relative, mass = _pair_modes(latents, gravity_virtual, temperature, ordered=ordered)
     # relative (N, N, M, 3, 3) maps j's axes to i's. Cycles i ← k ← j against i ← j, each through their best modes.
     support = np.zeros((count, count, relative.shape[2]))
     for k in range(count):
@@ -647,41 +658,57 @@ def average_rotations(latents: Tensor, gravity_virtual: Sequence[Array | None], 
     return Averaged(rotations, agreeing, residual, len(pairs[0]), int((~agrees[pairs]).sum()))
 
 
-def _pair_modes(latents: Tensor, gravity_virtual: Sequence[Array | None], temperature: float) -> tuple[Array, Array]:
+def _pair_modes(
+    latents: Tensor, gravity_virtual: Sequence[Array | None], temperature: float, *, ordered: bool
+) -> tuple[Array, Array]:
     """Modes of each pair's distribution: rotations (N, N, M, 3, 3) from j to i, and their masses (N, N, M)."""
     count = len(latents)
-    bandwidth = round(latents.shape[1] ** 0.5) - 1
-    level = all(one is not None for one in gravity_virtual)
-    shared = free_rotations()
-    shared_turns = None if level else flatten_d(wigner_d(torch.tensor(shared, dtype=torch.float32), bandwidth))
+    known = [one for one in gravity_virtual if one is not None]
+    if len(known) == count:
+        # With z turned up in each, what remains between two views is a turn about z, the same 72 for all pairs.
+        level = np.stack([turn_to(-one) for one in known])
+        grid = standing_rotations(_DOWN, _DOWN)
+        turns = _flattened(grid, latents)
+        latents = rotate(
+            latents, wigner_d(torch.tensor(level, dtype=torch.float32, device=latents.device), _bandwidth(latents))
+        )
+    else:
+        level = np.broadcast_to(np.eye(3), (count, 3, 3))
+        grid, turns = free_rotations(), free_turns(_bandwidth(latents), latents.device)
+    near = grid.reshape(-1, 9)
     relative = np.broadcast_to(np.eye(3), (count, count, _MODES, 3, 3)).copy()
     mass = np.zeros((count, count, _MODES))
-    for i in range(count):
-        if i == 0:
-            continue
-        both = correlation(latents[i][None].expand(i, -1, -1), latents[:i]).cpu()
-        scores = None if shared_turns is None else (shared_turns @ both.T).numpy()
-        for j in range(i):
-            if scores is not None:
-                grid, score = shared, scores[:, j]
-            else:
-                first, second = gravity_virtual[j], gravity_virtual[i]
-                assert first is not None and second is not None
-                grid = standing_rotations(first, second)
-                turns = flatten_d(wigner_d(torch.tensor(grid, dtype=torch.float32), bandwidth))
-                score = (turns @ both[j]).numpy()
-            probability = np.exp((score - score.max()) / temperature)
-            probability /= probability.sum()
-            left = probability.copy()
-            for mode in range(_MODES):
-                peak = int(np.argmax(left))
-                around = (grid.reshape(-1, 9) @ grid[peak].ravel() - 1) / 2 > np.cos(_OUTLIER)
-                relative[i, j, mode] = grid[peak]
-                mass[i, j, mode] = left[around].sum()
-                left[around] = 0
-            relative[j, i] = np.swapaxes(relative[i, j], -1, -2)
-            mass[j, i] = mass[i, j]
+    for i in range(1, count):
+        both = correlation(latents[i][None].expand(i, -1, -1), latents[:i])
+        logits = (turns @ both.T / temperature).T.cpu().numpy().astype(np.float64)
+        if ordered:
+            between = np.swapaxes(level[i], 0, 1) @ grid  # then from each j: the turn itself, with its elevation
+            for j in range(i):
+                cosine = (np.einsum("nab,ba->n", between, level[j]) - 1) / 2
+                logits[j] -= 0.5 * (np.arccos(np.clip(cosine, -1, 1)) / (_STEP * (i - j))) ** 2
+        left = np.exp(logits - logits.max(axis=1, keepdims=True))
+        left /= left.sum(axis=1, keepdims=True)
+        for mode in range(_MODES):
+            peak = left.argmax(axis=1)
+            around = (near[peak] @ near.T - 1) / 2 > np.cos(_OUTLIER)
+            mass[i, :i, mode] = (left * around).sum(axis=1)
+            left[around] = 0
+            relative[i, :i, mode] = level[i].T @ grid[peak] @ level[:i]
+    for i in range(1, count):
+        relative[:i, i] = np.swapaxes(relative[i, :i], -1, -2)
+        mass[:i, i] = mass[i, :i]
     return relative, mass
+
+
+_DOWN = np.array([0.0, 0.0, -1.0])
+
+
+def _bandwidth(latents: Tensor) -> int:
+    return round(latents.shape[1] ** 0.5) - 1
+
+
+def _flattened(rotations: Array, latents: Tensor) -> Tensor:
+    return flatten_d(wigner_d(torch.tensor(rotations, dtype=torch.float32, device=latents.device), _bandwidth(latents)))
 
 
 def _averaged(edge: Array, weight: Array) -> Array:
@@ -716,35 +743,31 @@ def _matched_together(
     latents: Tensor, rotations: Array, gravity_virtual: Sequence[Array | None], sweeps: int = 3
 ) -> Array:
     """Each view turned to where all others together explain it best; ‖Σ D(R_k)ᵀ e_k‖ grows with every turn."""
-    bandwidth = round(latents.shape[1] ** 0.5) - 1
-    latents = latents.cpu()
     rotations = rotations.copy()
     level = all(one is not None for one in gravity_virtual)
-    axes = np.concatenate([np.eye(3), -np.eye(3)])
+    turn = np.concatenate([np.eye(3), -np.eye(3)])
 
     def common(views: Tensor, R: Array) -> Tensor:
-        return rotate(views, wigner_d(torch.tensor(np.swapaxes(R, -1, -2).copy(), dtype=torch.float32), bandwidth))
+        back = torch.tensor(np.swapaxes(R, -1, -2).copy(), dtype=torch.float32, device=views.device)
+        return rotate(views, wigner_d(back, _bandwidth(views)))
 
     turned = common(latents, rotations)
     for sweep in range(sweeps):
         for index in range(len(latents)):
-            rest = turned.sum(dim=0) - turned[index]
-            both = correlation(latents[index][None], rest[None])[0]
-
-            def best(candidates: Array, both: Tensor = both) -> Array:
-                turns = flatten_d(wigner_d(torch.tensor(candidates, dtype=torch.float32), bandwidth))
-                return np.asarray(candidates[int(torch.argmax(turns @ both))])
-
-            here = rotations[index]
+            both = correlation(latents[index][None], (turned.sum(dim=0) - turned[index])[None])[0]
+            candidates = rotations[index][None]
             down = gravity_virtual[index] if level else None
+            if down is not None:
+                turn = np.stack([down, -down])
             if sweep == 0 and down is None:
-                here = best(np.concatenate([here[None], free_rotations()]))
+                score = free_turns(_bandwidth(latents), latents.device) @ both
+                candidates = np.concatenate([candidates, free_rotations()[int(torch.argmax(score))][None]])
             elif sweep == 0 and down is not None:
-                turns = exp(np.arange(72)[:, None] * (2 * np.pi / 72) * down)
-                here = best(turns @ here)
+                candidates = exp(np.arange(72)[:, None] * (2 * np.pi / 72) * down) @ rotations[index]
+            here = candidates[int(torch.argmax(_flattened(candidates, latents) @ both))]
             for step in np.radians([8.0, 4.0, 2.0]):
-                turn = axes if down is None else np.stack([down, -down])
-                here = best(np.concatenate([here[None], exp(step * turn) @ here]))
+                candidates = np.concatenate([here[None], exp(step * turn) @ here])
+                here = candidates[int(torch.argmax(_flattened(candidates, latents) @ both))]
             rotations[index] = here
             turned[index] = common(latents[index][None], here[None])[0]
     return rotations

@@ -49,6 +49,18 @@ def test_any_tree_against_orientations_in_the_root(size: int, seed: int) -> None
     np.testing.assert_allclose(tree.rotation(names[a], names[b], SECOND, 0), expected, atol=1e-12)
 
 
+def test_origins_go_along_with_orientations() -> None:
+    tree = TransformTree()
+    tree.insert("map", "base", SECOND, turn(0, 0, 90), np.array([1.0, 0, 0]), static=False)
+    tree.insert("map", "base", 3 * SECOND, turn(0, 0, 90), np.array([3.0, 0, 0]), static=False)
+    tree.insert("base", "camera", SECOND, turn(0, 0, 0), np.array([0, 0.5, 2.0]), static=True)
+    R, t = tree.pose("map", "camera", 2 * SECOND, 0)
+    np.testing.assert_allclose(t, [2 - 0.5, 0, 2.0], atol=1e-12)
+    R_back, t_back = tree.pose("camera", "map", 2 * SECOND, 0)
+    np.testing.assert_allclose(R_back @ t + t_back, 0, atol=1e-12)
+    np.testing.assert_allclose(R_back, R.T, atol=1e-12)
+
+
 def test_interpolated_between_stamps_never_beyond() -> None:
     tree = tree_of(("a", "b", SECOND, turn(0, 0, 0)), ("a", "b", 2 * SECOND, turn(0, 0, 90)))
     middle = tree.rotation("a", "b", 3 * SECOND // 2, 0)

@@ -9,8 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.spatial.transform import Rotation
 
 from nope_ros import InputError, PoseEstimator
+from nope_ros.cli import main
+from nope_ros.demo.register import Trajectory, read_trajectory
 from nope_ros.evaluation.protocol import EvaluationObject, EvaluationSet, View
 from nope_ros.evaluation.walk import evaluate_walks
 from nope_ros.frame import Frame
@@ -253,3 +256,58 @@ def test_evaluation_keeps_keyframes_and_queries_apart(estimator):
     assert values["video"]["acc30"] >= values["single"]["acc30"]
     noisy = evaluate_walks(found, estimator, ("free",), keyframes=5, pose_noise_deg=5.0)
     assert noisy.to_dict()["pose_noise_deg"] == 5.0
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+def write_walk(folder, frames, poses):
+    """A video of the walk, masks, a calibration and a trajectory, as four programs would have left them."""
+    size = (frames[0].camera.width, frames[0].camera.height)
+    # Lossless, so that masks stay masks.
+    video = cv2.VideoWriter(str(folder / "walk.avi"), cv2.VideoWriter_fourcc(*"FFV1"), 10.0, size)
+    (folder / "masks").mkdir()
+    lines = ["# stamp tx ty tz qx qy qz qw"]
+    for index, (frame, (R, t)) in enumerate(zip(frames, poses, strict=True)):
+        video.write(np.ascontiguousarray(frame.image[..., ::-1]))
+        cv2.imwrite(str(folder / "masks" / f"{index:04d}.png"), frame.mask.astype(np.uint8) * 255)
+        values = [index / 10, *(-R.T @ t), *Rotation.from_matrix(R.T).as_quat()]
+        lines.append(" ".join(f"{value:.9f}" for value in values))
+    video.release()
+    (folder / "poses.txt").write_text("\n".join(lines))
+    calibration = {"image_width": size[0], "image_height": size[1], "camera_matrix": {"data": K.ravel().tolist()}}
+    (folder / "camera.yaml").write_text(json.dumps(calibration))
+
+
+def test_a_video_with_a_trajectory_is_registered_by_the_command(tmp_path, estimator, frames, capsys):
+    write_walk(tmp_path, frames, [camera(direction) for direction in ROUND])
+    words = ["--video", tmp_path / "walk.avi", "--masks", tmp_path / "masks", "--camera", tmp_path / "camera.yaml"]
+    words += ["--poses", tmp_path / "poses.txt", "--z-up", "--store", tmp_path / "store", "--device", "cpu"]
+    assert main(["register", "--id", "walked", *map(str, words)]) == 0
+    said = capsys.readouterr().out
+    assert "up from gravity; lengths: metres, by the poses" in said
+    (loaded,) = ObjectStore(tmp_path / "store").load_all(estimator.predictor).objects
+    np.testing.assert_allclose(loaded.keyframes.t_fixed_object, CENTRE, atol=0.15)
+
+
+@pytest.mark.parametrize("line", ["1 2 3", "0 0 0 0 0 0 0 0", "a b c d e f g h"])
+def test_a_trajectory_that_is_none_names_its_line(tmp_path, line):
+    path = tmp_path / "poses.txt"
+    path.write_text(f"# a comment\n0 0 0 0 0 0 0 1\n{line}\n")
+    with pytest.raises(InputError, match="line 3"):
+        read_trajectory(path)
+
+
+def test_a_trajectory_is_interpolated_but_not_beyond_its_ends():
+    turn = exp(np.array([0, 0, 1.0]))
+    trajectory = Trajectory(np.array([1.0, 1.1]), np.stack([np.eye(3), turn]), np.array([[0, 0, 0], [1.0, 0, 0]]))
+    R, t = trajectory.at(1.05)
+    np.testing.assert_allclose(R.T, exp(np.array([0, 0, 0.5])), atol=1e-9)
+    np.testing.assert_allclose(-R.T @ t, [0.5, 0, 0], atol=1e-9)
+    assert trajectory.at(0.9) is None
+    assert trajectory.at(1.2) is None
+
+
+def test_what_a_video_lacks_is_asked_for(tmp_path, capsys):
+    assert main(["register", "mug", "--video", "walk.mp4", "--store", str(tmp_path)]) == 2
+    assert "--masks" in capsys.readouterr().err

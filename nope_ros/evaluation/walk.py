@@ -239,7 +239,7 @@ class _Walked:
         chosen = [chosen[0], *sorted(chosen[1:])]
         frames = {index: views[index].read() for index in chosen}
         begin = time.perf_counter()
-        walk = Walk(estimator.predictor.crop_size)
+        walk = Walk(estimator.predictor.crop_size, ordered=False)
         for index in chosen:
             view = views[index]
             gravity = view.gravity_camera if level else None
@@ -264,7 +264,7 @@ class _Walked:
                 t_camera_object=view.t_camera_object,
                 gravity_camera=view.gravity_camera if level else None,
             )
-        refused = tuple(f"{evaluated.name} {one.name}: {one.reason}" for one in walk.refused)
+        refused = tuple(f"{evaluated.name} {one.name}: {one.reason}" for one in kept.refused)
         return cls(evaluated, estimator, level, rng, tuple(chosen), singles, together, R_truth_object, seconds, refused)
 
     def ask(self, protocols: Sequence[Prior], queries: int | None) -> list[PairScore]:

@@ -117,7 +117,11 @@ class TransformError(LookupError):
 
 
 class Transforms(Protocol):
-    """Rotations between frames at a moment."""
+    """Where frames are at a moment."""
+
+    def pose(self, target: str, source: str, stamp: int, timeout: float) -> tuple[Array, Array]:
+        """R_target_source (3, 3) and t_target_source (3,), as ``rotation``: x_target = R x_source + t."""
+        ...
 
     def rotation(self, target: str, source: str, stamp: int, timeout: float) -> Array:
         """R_target_source (3, 3) at a stamp in nanoseconds, waited for up to timeout seconds.
@@ -129,56 +133,73 @@ class Transforms(Protocol):
 
 
 _HISTORY = 10_000_000_000  # nanoseconds of transforms kept, as tf2 does
+_InParent = tuple[Array, Array]  # quaternion and origin
 
 
 class TransformTree:
-    """Rotations of a tree of frames over the last ten seconds; interpolated between stamps, never beyond them."""
+    """A tree of frames over the last ten seconds; interpolated between stamps, never beyond them.
 
-    def __init__(self) -> None:
+    Args:
+        history: nanoseconds of transforms that are kept; None: all.
+    """
+
+    def __init__(self, history: int | None = _HISTORY) -> None:
+        self._history = history
         self._changed = threading.Condition()
         self._parents: dict[str, str] = {}
-        self._fixed: dict[str, Array] = {}
-        self._moving: dict[str, deque[tuple[int, Array]]] = defaultdict(deque)
+        self._fixed: dict[str, _InParent] = {}
+        self._moving: dict[str, deque[tuple[int, _InParent]]] = defaultdict(deque)
 
     def take(self, message: TFMessage, *, static: bool) -> None:
         """Take in a message of /tf or /tf_static."""
         for transform in message.transforms:
-            q = transform.transform.rotation
+            q, t = transform.transform.rotation, transform.transform.translation
             sent = transform.header.stamp
             stamp = sent.sec * 1_000_000_000 + sent.nanosec
             quaternion = np.array([q.x, q.y, q.z, q.w])
-            self.insert(transform.header.frame_id, transform.child_frame_id, stamp, quaternion, static=static)
+            origin = np.array([t.x, t.y, t.z])
+            self.insert(transform.header.frame_id, transform.child_frame_id, stamp, quaternion, origin, static=static)
 
-    def insert(self, parent: str, child: str, stamp: int, xyzw: Array, *, static: bool) -> None:
-        """Take in the orientation of a child frame in its parent: quaternion (4,), not necessarily of unit length."""
+    def insert(
+        self, parent: str, child: str, stamp: int, xyzw: Array, origin: Array | None = None, *, static: bool
+    ) -> None:
+        """Take in a child frame in its parent: quaternion (4,), not necessarily of unit length, and origin (3,)."""
+        translation = np.zeros(3) if origin is None else origin
         parent, child = parent.lstrip("/"), child.lstrip("/")
         length = float(np.linalg.norm(xyzw))
-        if not parent or not child or parent == child or not np.isfinite(length) or length < 1e-9:
+        if not parent or not child or parent == child or not np.isfinite([length, *translation]).all() or length < 1e-9:
             return  # as tf2 does: a broken sender must not break the tree
         with self._changed:
             self._parents[child] = parent
             if static:
-                self._fixed[child] = xyzw / length
+                self._fixed[child] = (xyzw / length, translation)
             else:
                 history = self._moving[child]
-                if history and stamp < history[-1][0] - _HISTORY:
+                kept = self._history
+                if kept is not None and history and stamp < history[-1][0] - kept:
                     history.clear()  # the clock was set back
                 if not history or stamp > history[-1][0]:
-                    history.append((stamp, xyzw / length))
-                while history[0][0] < history[-1][0] - _HISTORY:
+                    history.append((stamp, (xyzw / length, translation)))
+                while kept is not None and history[0][0] < history[-1][0] - kept:
                     history.popleft()
             self._changed.notify_all()
 
     def rotation(self, target: str, source: str, stamp: int, timeout: float) -> Array:
         """See ``Transforms.rotation``."""
+        return self.pose(target, source, stamp, timeout)[0]
+
+    def pose(self, target: str, source: str, stamp: int, timeout: float) -> tuple[Array, Array]:
+        """See ``Transforms.pose``."""
         target, source = target.lstrip("/"), source.lstrip("/")
-        found: list[Array] = []
+        found: list[tuple[Array, Array]] = []
         reason = ""
 
         def look() -> bool:
             nonlocal reason
             try:
-                found.append(self._to_root(target, stamp, source).T @ self._to_root(source, stamp, target))
+                R_target, t_target = self._to_root(target, stamp, source)
+                R_source, t_source = self._to_root(source, stamp, target)
+                found.append((R_target.T @ R_source, R_target.T @ (t_source - t_target)))
             except TransformError as error:
                 reason = str(error)
             return bool(found)
@@ -188,19 +209,20 @@ class TransformTree:
                 raise TransformError(f"TF from '{source}' to '{target}': {reason}")
         return found[0]
 
-    def _to_root(self, frame: str, stamp: int, other: str) -> Array:
-        """R_common_frame up to the frame's root, or to the nearest ancestor it shares with the other frame."""
+    def _to_root(self, frame: str, stamp: int, other: str) -> tuple[Array, Array]:
+        """R_common_frame and t_common_frame, up to the root or the nearest ancestor shared with the other frame."""
         ancestors = set(self._chain(other))
-        R = np.eye(3)
+        R, t = np.eye(3), np.zeros(3)
         for child in self._chain(frame):
             if child in ancestors:
-                return R
+                return R, t
             if child not in self._parents:
                 for name in (frame, other):
                     if name not in self._parents and name not in self._parents.values():
                         raise TransformError(f"frame '{name}' was never sent")
                 raise TransformError("they are not connected")
-            R = self._in_parent(child, stamp) @ R
+            R_parent, t_parent = self._in_parent(child, stamp)
+            R, t = R_parent @ R, R_parent @ t + t_parent
         raise TransformError(f"frame '{frame}' is its own ancestor")
 
     def _chain(self, frame: str) -> list[str]:
@@ -209,17 +231,20 @@ class TransformTree:
             chain.append(self._parents[chain[-1]])
         return chain
 
-    def _in_parent(self, child: str, stamp: int) -> Array:
+    def _in_parent(self, child: str, stamp: int) -> tuple[Array, Array]:
         if child in self._fixed:
-            return rotation_matrix(self._fixed[child])
+            xyzw, translation = self._fixed[child]
+            return rotation_matrix(xyzw), translation
         history = self._moving[child]
         after = next((index for index, (when, _) in enumerate(history) if when >= stamp), None)
         if after is None:
             raise TransformError(f"'{child}' is {(stamp - history[-1][0]) / 1e9:.3f} s behind the image")
         if history[after][0] == stamp:
-            return rotation_matrix(history[after][1])
+            xyzw, translation = history[after][1]
+            return rotation_matrix(xyzw), translation
         if after == 0:
             raise TransformError(f"'{child}' begins {(history[0][0] - stamp) / 1e9:.3f} s after the image")
-        (t0, q0), (t1, q1) = history[after - 1], history[after]
-        turn: Array = Slerp([0, 1], Rotation.from_quat([q0, q1]))((stamp - t0) / (t1 - t0)).as_matrix()
-        return turn
+        (begin, (q0, p0)), (end, (q1, p1)) = history[after - 1], history[after]
+        share = (stamp - begin) / (end - begin)
+        turn: Array = Slerp([0, 1], Rotation.from_quat([q0, q1]))(share).as_matrix()
+        return turn, (1 - share) * p0 + share * p1

@@ -47,13 +47,16 @@ class _Tf2Listener:
         self._listener = tf2_ros.TransformListener(self._buffer, node)
 
     def rotation(self, target: str, source: str, stamp: int, timeout: float) -> Array:
+        return self.pose(target, source, stamp, timeout)[0]
+
+    def pose(self, target: str, source: str, stamp: int, timeout: float) -> tuple[Array, Array]:
         time, wait = Time(nanoseconds=stamp), Duration(nanoseconds=int(timeout * 1e9))
         try:
             transform = self._buffer.lookup_transform(target, source, time, wait)
         except tf2_ros.TransformException as error:
             raise TransformError(f"TF from '{source}' to '{target}': {error}") from None
-        q = transform.transform.rotation
-        return rotation_matrix(np.array([q.x, q.y, q.z, q.w]))
+        q, t = transform.transform.rotation, transform.transform.translation
+        return rotation_matrix(np.array([q.x, q.y, q.z, q.w])), np.array([t.x, t.y, t.z])
 
 
 class _Broadcaster:
