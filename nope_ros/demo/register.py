@@ -24,9 +24,10 @@ from rich.markup import escape
 from rich.progress import Progress
 from scipy.spatial.transform import Rotation, Slerp
 
-from nope_ros.demo.sequence import POSES_FILE, Moment, Topics, open_recording
+from nope_ros.demo.sequence import POSES_FILE, Moment, open_recording
 from nope_ros.estimator import PoseEstimator, RegisteredObject
 from nope_ros.frame import Camera, Frame, InputError
+from nope_ros.node.bagfile import Topics
 from nope_ros.store import ObjectStore, check_object_id
 from nope_ros.video import KEYFRAMES, Pose, Walk
 
