@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
@@ -188,6 +190,40 @@ class HarmonicBank:
         products = torch.mv(self.turns, correlation(query[None], self.latent[None])[0])
         similarity = products / (query.norm() * self.latent.norm()).clamp(min=1e-12)
         return Match((products / temperature).double().cpu().numpy(), similarity.double().cpu().numpy())
+
+
+def similarities(
+    banks: Sequence[Bank], latent: Tensor, log_weights: Sequence[Array], temperatures: Sequence[float]
+) -> list[float]:
+    """Cosine of a query latent (D,) with each object's most probable template: what is needed to tell objects apart.
+
+    Objects that are compared at the same rotations take one matrix product together, not one each.
+
+    Args:
+        banks: one for each object.
+        latent: (D,) of the query.
+        log_weights: (N,) for each bank, log of the unnormalised probability of its rotations beforehand.
+        temperatures: of each bank's likelihood.
+    """
+    found = [0.0] * len(banks)
+    together: dict[int, list[int]] = defaultdict(list)
+    for index, bank in enumerate(banks):
+        if isinstance(bank, HarmonicBank):
+            together[id(bank.turns)].append(index)
+        else:
+            match = bank.match(latent, temperatures[index])
+            found[index] = float(match.similarity[np.argmax(match.log_likelihood + log_weights[index])])
+    for group in together.values():
+        members = [bank for bank in (banks[index] for index in group) if isinstance(bank, HarmonicBank)]
+        references = torch.stack([bank.latent for bank in members])
+        query = latent.float().reshape(1, *references.shape[1:])
+        scores = members[0].turns @ correlation(query.expand(len(members), -1, -1), references).T
+        cosines = scores / (query.norm() * references.flatten(1).norm(dim=1)).clamp(min=1e-12)
+        for column, index in enumerate(group):
+            weight = torch.tensor(log_weights[index], dtype=torch.float32, device=scores.device)
+            best = torch.argmax(scores[:, column] / temperatures[index] + weight)
+            found[index] = float(cosines[best, column])
+    return found
 
 
 @dataclass(frozen=True)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from node_process import HEIGHT, WIDTH, K, camera_info_message, image_message, scene, write_untrained_weights
 
 from nope_ros.estimator import PoseEstimator, RegisteredObject
-from nope_ros.frame import InputError
+from nope_ros.frame import Frame, InputError
+from nope_ros.latent import DEFAULT_WEIGHTS
 from nope_ros.node.estimation import Result, estimate
 from nope_ros.node.gravity import Gravity
 from nope_ros.node.pairing import Match
@@ -71,7 +74,7 @@ def test_objects_without_gravity_get_what_they_can(estimator: PoseEstimator, obj
     assert priors(result) == {"level": "standing", "free": "free"} and not said
     result, said = run(estimator, objects, frame, gravity, prior="upright")
     assert priors(result) == {"level": "upright", "free": "free"}
-    assert said == ["prior: 'upright' needs gravity, which is not known for 'free'; using 'free'"] * 2
+    assert said == ["prior: 'upright' needs gravity, which is not known for 'free'; using 'free'"]
     result, _ = run(estimator, objects, frame, prior="standing")
     assert priors(result) == {"level": "free", "free": "free"}
     result, _ = run(estimator, objects, frame, gravity, prior="free")
@@ -179,3 +182,36 @@ def test_reference_frame() -> None:
     ids[0, 0] = 2
     with pytest.raises(InputError, match="holds 2, 7; say which"):
         reference_frame(match(image, ids, encoding="16UC1"), 0, rectified=False)
+
+
+@pytest.mark.parametrize("prior", ["free", "upright", "standing", None])
+def test_objects_are_told_apart_as_by_their_poses(
+    estimator: PoseEstimator, objects: list[RegisteredObject], prior: Any
+) -> None:
+    """The short way to a similarity and the long one agree."""
+    known = [one for one in objects if one.gravity_known or prior in ("free", None)] * 3
+    image, mask = scene(30)
+    query = estimator.look(Frame.from_arrays(image, mask, K), DOWN)
+    short = estimator.similarities(query, known, [prior] * len(known))
+    long = [estimator.match(query, one, prior).similarity for one in known]
+    np.testing.assert_allclose(short, long, atol=1e-5)
+
+
+@pytest.mark.parametrize(("gravity", "most"), [(Gravity(), 2.0), (Gravity(vector=DOWN), 3.5)], ids=["free", "standing"])
+def test_twenty_objects_cost_little_more_than_one(gravity: Gravity, most: float) -> None:
+    if not DEFAULT_WEIGHTS.is_dir():
+        pytest.skip("the packaged weights are not there")
+    image, mask = scene()
+    torch.set_num_threads(1)
+    shipped = PoseEstimator.from_pretrained(device="cpu")
+    twenty = [
+        shipped.register(image, mask, K, object_id=f"object{index}", gravity_camera=gravity.vector)
+        for index in range(20)
+    ]
+    seconds: dict[int, list[float]] = {1: [], 20: []}
+    for _ in range(6):
+        for count, spent in seconds.items():
+            begin = time.process_time()
+            run(shipped, twenty[:count], match(image, mask), gravity)
+            spent.append(time.process_time() - begin)
+    assert min(seconds[20]) < most * min(seconds[1]), seconds

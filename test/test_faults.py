@@ -1,6 +1,6 @@
 """What goes wrong in the field, done to the node; and the table of it.
 
-    .venv/bin/python -P test/test_faults.py          # at full length; writes docs/reliability.md
+    NOPE_FAULTS_FULL=1 .venv/bin/pytest test/test_faults.py          # at full length; writes docs/reliability.md
 
 As a test, counts are small: see ``COUNTS``.
 """
@@ -12,7 +12,6 @@ import random
 import resource
 import shutil
 import signal
-import sys
 import time
 from array import array
 from collections.abc import Iterator
@@ -85,6 +84,15 @@ class Row:
 
 
 ROWS: list[Row] = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def reliability(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The table, after a full run in which nothing failed and nothing was left out."""
+    yield
+    whole = all(not word.startswith("-k") and "::" not in word for word in request.config.invocation_params.args)
+    if FULL and whole and request.session.testsfailed == 0:
+        (ROOT / "docs" / "reliability.md").write_text(table(ROWS), encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -643,9 +651,10 @@ def table(rows: list[Row]) -> str:
     lines = [
         "# Reliability",
         "",
-        "What goes wrong in the field, done to the node on purpose: `.venv/bin/python -P test/test_faults.py` does it,",
-        "looks, and writes this table. With smaller numbers it is part of `make test`. Nothing that was registered is",
-        "lost, nothing wrong is published, one message says what happened, and the node goes on without a restart.",
+        "What goes wrong in the field, done to the node on purpose. This table is written by",
+        "`NOPE_FAULTS_FULL=1 .venv/bin/pytest test/test_faults.py`; with smaller numbers that is part of `make test`.",
+        "Nothing that was registered is lost, nothing wrong is published, one message says what happened, and the node",
+        "goes on without a restart.",
         "",
         "| fault | how often | what was seen |",
         "| --- | --- | --- |",
@@ -653,17 +662,3 @@ def table(rows: list[Row]) -> str:
         "",
     ]
     return "\n".join(lines)
-
-
-def main() -> int:
-    os.environ["NOPE_FAULTS_FULL"] = "1"
-    code = int(pytest.main([__file__, "-q", "-p", "no:cacheprovider", *sys.argv[1:]]))
-    rows = sys.modules["test_faults"].ROWS if "test_faults" in sys.modules else []
-    if code == 0 and len(sys.argv) == 1:
-        (ROOT / "docs" / "reliability.md").write_text(table(rows), encoding="utf-8")
-        print(f"docs/reliability.md: {len(rows)} faults")
-    return code
-
-
-if __name__ == "__main__":
-    sys.exit(main())

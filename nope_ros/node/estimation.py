@@ -133,13 +133,15 @@ def estimate(
         return Result(header, whole.image, whole.camera, ())
     down = gravity_at(gravity, header.frame_id, match.stamp, complain)
     queries = [estimator.look(frame, down) for frame in frames]
-    table = [matches_of(query, objects, estimator, settings, complain) for query in queries]
-    similarity = np.array([[one.similarity for one in row] for row in table])
+    priors = [prior_of(one, settings, down is not None, complain) for one in objects]
+    # Which instance is which object is told by similarities alone; a pose costs more, and one is made for each pair.
+    similarity = np.array([estimator.similarities(query, objects, priors) for query in queries])
     seen = []
     for row, column in assign(similarity, settings.similarity_threshold):
-        # Only what an instance was taken for is refined.
-        pose = refined(queries[row], objects[column], table[row][column], estimator, settings, complain)
-        seen.append(Seen(instances[row], frames[row].mask, objects[column], pose))
+        query, registered = queries[row], objects[column]
+        pose = estimator.match(query, registered, priors[column])
+        pose = refined(query, registered, pose, estimator, settings, complain)
+        seen.append(Seen(instances[row], frames[row].mask, registered, pose))
     return Result(header, whole.image, whole.camera, tuple(seen))
 
 
@@ -152,24 +154,16 @@ def gravity_at(gravity: Gravity, frame_id: str, stamp: int, complain: Complain) 
         return None
 
 
-def matches_of(
-    query: Query,
-    objects: Sequence[RegisteredObject],
-    estimator: PoseEstimator,
-    settings: Settings,
-    complain: Complain,
-) -> list[PoseEstimate]:
-    """A pose for each object, as if it were the one in the query; 'free' where the prior can't be used."""
-    found = []
-    for one in objects:
-        prior: Prior | None = None
-        if settings.prior != "auto":
-            wanted = settings.prior
-            prior = _usable(wanted, one, query.gravity_virtual is not None)
-            if prior != wanted:
-                complain(f"prior: '{wanted}' needs gravity, which is not known for '{one.object_id}'; using '{prior}'")
-        found.append(estimator.match(query, one, prior))
-    return found
+def prior_of(registered: RegisteredObject, settings: Settings, gravity_known: bool, complain: Complain) -> Prior | None:
+    """What to assume of an object's orientation: None lets gravity decide; 'free' where the prior can't be used."""
+    wanted = settings.prior
+    if wanted == "auto":
+        return None
+    needs_query = wanted == "standing"
+    if wanted == "free" or (registered.gravity_known and (gravity_known or not needs_query)):
+        return wanted
+    complain(f"prior: '{wanted}' needs gravity, which is not known for '{registered.object_id}'; using 'free'")
+    return "free"
 
 
 def refined(
@@ -186,9 +180,3 @@ def refined(
     except InputError as error:
         complain(f"refinement: {error}; going on without")
         return estimate
-
-
-def _usable(prior: Prior, registered: RegisteredObject, gravity_known: bool) -> Prior:
-    needs_query = prior == "standing"
-    known = registered.gravity_known and (gravity_known or not needs_query)
-    return prior if prior == "free" or known else "free"
