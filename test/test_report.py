@@ -6,7 +6,10 @@ import pytest
 
 from nope_ros.cli import main
 from nope_ros.demo.sequence import packaged
+from nope_ros.estimator import PoseEstimator
 from nope_ros.evaluation import report as module
+from nope_ros.evaluation.evaluate import evaluate_set, methods_for
+from nope_ros.evaluation.protocol import EvaluationSet
 from nope_ros.evaluation.report import chapters, document
 
 SPEED = {
@@ -114,6 +117,21 @@ def test_goals_are_judged_in_the_right_direction():
     assert verdict["matching 341 templates"] == "yes"
     assert verdict["matching the free grid"] == "no"
     assert verdict["registration, times faster than the paper's way"] == "yes"
+
+
+def test_an_ablation_asks_the_estimator_no_second_time(made):
+    # What is left out changes the answer only; two of the four need nothing new.
+    frame = next(iter(chapters(None, made[0] / "photos", 0)))
+    job = module.Job(frame, "ours", None, "", 2, 0, (0,), "cpu")
+    evaluated = next(iter(job.set_of(0).objects()))
+    encoded = []
+    estimator = PoseEstimator.from_pretrained(device="cpu")
+    encode = estimator.encode
+    estimator.encode = lambda crops: encoded.append(len(crops)) or encode(crops)
+    found = EvaluationSet("photos", "", 1, lambda: iter([evaluated]))
+    evaluate_set(found, methods_for(estimator, ablations=True), ("upright",))
+    images = len({pair[0] for pair in evaluated.pairs}) + len({pair[1] for pair in evaluated.pairs})
+    assert sum(encoded) == 3 * images  # ours, of the box, on the free grid
 
 
 def test_nothing_to_evaluate_is_said(tmp_path, capsys):

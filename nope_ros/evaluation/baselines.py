@@ -38,58 +38,78 @@ PAPER_FORM = "NOPE's paper form"
 
 
 class EstimatorMethod:
-    """The product itself, through the calls its users make."""
+    """The product itself, through the calls its users make.
+
+    What it said last is kept, for methods that only change the answer and are asked right after it.
+    """
 
     def __init__(self, estimator: PoseEstimator, name: str = OURS) -> None:
         self.name = name
         self.estimator = estimator
+        self._registered: tuple[Observation, Any] | None = None
+        self._answered: tuple[Observation, Prior, list[Any], list[Answer]] | None = None
 
     def register(self, reference: Observation, R_camera_object: Array, t_camera_object: Array) -> Any:
         """Templates of the reference."""
-        return self.estimator.register_frame(
-            reference.frame,
-            R_camera_object=R_camera_object,
-            t_camera_object=t_camera_object,
-            gravity_camera=reference.gravity_camera,
-        )
+        if self._registered is None or self._registered[0] is not reference:
+            registered = self.estimator.register_frame(
+                reference.frame,
+                R_camera_object=R_camera_object,
+                t_camera_object=t_camera_object,
+                gravity_camera=reference.gravity_camera,
+            )
+            self._registered = reference, registered
+        return self._registered[1]
 
     def estimate(self, registered: list[Any], query: Observation, prior: Prior) -> list[Answer]:
         """The query is encoded once for all references."""
-        estimates = self.estimator.estimate_frame(
-            query.frame, registered, prior=prior, gravity_camera=query.gravity_camera
-        )
-        return [Answer(one.delta_R, one.distribution, one.t_camera_object, one.confidence) for one in estimates]
+        last = self._answered
+        same = last is not None and last[0] is query and last[1] == prior and len(last[2]) == len(registered)
+        if last is None or not same or any(a is not b for a, b in zip(last[2], registered, strict=True)):
+            estimates = self.estimator.estimate_frame(
+                query.frame, registered, prior=prior, gravity_camera=query.gravity_camera
+            )
+            answers = [Answer(one.delta_R, one.distribution, one.t_camera_object, one.confidence) for one in estimates]
+            self._answered = last = query, prior, list(registered), answers
+        return last[3]
 
 
-class GridOnly(EstimatorMethod):
+class GridOnly:
     """Ours, but the answer is the most probable rotation of the grid, not the mean of the peak that holds most mass."""
 
-    def __init__(self, estimator: PoseEstimator) -> None:
-        super().__init__(estimator, GRID_ONLY)
+    name = GRID_ONLY
+
+    def __init__(self, ours: EstimatorMethod) -> None:
+        self.ours = ours
+
+    def register(self, reference: Observation, R_camera_object: Array, t_camera_object: Array) -> Any:
+        """As ours."""
+        return self.ours.register(reference, R_camera_object, t_camera_object)
 
     def estimate(self, registered: list[Any], query: Observation, prior: Prior) -> list[Answer]:
         """Ours, with another rotation."""
-        answers = super().estimate(registered, query, prior)
         return [
             replace(answer, delta_R=answer.distribution.rotations[np.argmax(answer.distribution.probabilities)])
-            for answer in answers
+            for answer in self.ours.estimate(registered, query, prior)
             if answer.distribution is not None
         ]
 
 
-class NotTurnedBack(EstimatorMethod):
+class NotTurnedBack:
     """Ours, but what the network sees (allocentric) is taken for what the camera sees (egocentric)."""
 
-    def __init__(self, estimator: PoseEstimator) -> None:
-        super().__init__(estimator, NOT_TURNED)
+    name = NOT_TURNED
+
+    def __init__(self, ours: EstimatorMethod) -> None:
+        self.ours = ours
 
     def register(self, reference: Observation, R_camera_object: Array, t_camera_object: Array) -> Any:
         """Ours, and the turn of its crop."""
-        return super().register(reference, R_camera_object, t_camera_object), _turn(reference)
+        return self.ours.register(reference, R_camera_object, t_camera_object), _turn(reference)
 
     def estimate(self, registered: list[Any], query: Observation, prior: Prior) -> list[Answer]:
         """Ours, without the last step."""
-        answers = super().estimate([one for one, _ in registered], query, prior)
+        answers = self.ours.estimate([one for one, _ in registered], query, prior)
         turn = _turn(query)
         return [
             replace(answer, delta_R=turn @ answer.delta_R @ turn_reference.T, distribution=None)

@@ -370,9 +370,10 @@ def methods_for(
     estimator: PoseEstimator, *, baselines: bool = False, ablations: bool = False, seed: int = 0
 ) -> list[Method]:
     """Ours; with ``ablations``, ours with a part removed; with ``baselines``, what needs no training."""
-    methods: list[Method] = [EstimatorMethod(estimator)]
+    ours = EstimatorMethod(estimator)
+    methods: list[Method] = [ours]
     if ablations:
-        methods += [GridOnly(estimator), NotTurnedBack(estimator), BoxForMask(estimator), NoPrior(estimator)]
+        methods += [GridOnly(ours), NotTurnedBack(ours), BoxForMask(estimator), NoPrior(estimator)]
     if baselines:
         methods += plain_baselines(seed)
     return methods

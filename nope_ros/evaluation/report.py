@@ -30,6 +30,7 @@ from nope_ros.evaluation.protocol import EvaluationSet
 from nope_ros.frame import InputError
 from nope_ros.latent import find_weights, read_config
 from nope_ros.prior import PRIORS, Prior
+from nope_ros.refine import REFINEMENTS, Refinement
 
 FRUIT = ("green_apple", "mango")
 """Photographs of nearly round things, which are judged apart."""
@@ -78,20 +79,22 @@ class Job:
         part: which methods: ours, those that need no weights, rotation regression, or the paper's form.
         weights: folder of theirs, or None.
         identity: differs whenever the result would.
-        pairs: most pairs of a rendered object.
+        pairs: most pairs of an object; None: all.
         count: of procedural objects.
         seeds: of the draws.
         device: of the networks.
+        refinement: of ours.
     """
 
     tested: Chapter
     part: str
     weights: str | None
     identity: str
-    pairs: int
+    pairs: int | None
     count: int
     seeds: tuple[int, ...]
     device: str
+    refinement: Refinement = "none"
 
     @property
     def name(self) -> str:
@@ -111,7 +114,7 @@ class Job:
 
         tested, folder = self.tested, Path(self.tested.folder or "")
         if tested.kind == "photos":
-            return photo_set(folder, seed, objects=tested.objects)
+            return photo_set(folder, seed, objects=tested.objects, pairs=self.pairs)
         drawn: dict[str, Any] = {"protocols": tested.protocols, "references": _REFERENCES, "pairs": self.pairs}
         if tested.kind == "meshes":
             return mesh_set(folder, seed, objects=tested.objects, **drawn)
@@ -126,7 +129,7 @@ def run_job(job: Job, folder: Path) -> str:
 
     estimator = None
     if job.part == OURS_PART:
-        estimator = PoseEstimator.from_pretrained(job.weights, device=job.device)
+        estimator = PoseEstimator.from_pretrained(job.weights, device=job.device, refinement=job.refinement)
     weights = Path(job.weights) if job.weights else None
     trained = trained_baselines(
         weights if job.part == _REGRESSION else None, weights if job.part == _PAPER else None, job.device
@@ -147,6 +150,7 @@ def run_job(job: Job, folder: Path) -> str:
                 seed=seed,
                 occlusion=job.tested.occlusion,
                 model="" if estimator is None else estimator.model_name,
+                refinement=job.refinement,
             )
         )
     report = Report.pooled(reports)
@@ -202,9 +206,9 @@ Made by a command, which runs everything below and writes this file:
 {command}
 ```
 
-Weights: `{identity}`{training}. One reference image, one answer a query (top-1); nothing true of the query is
-used: crop, centre and scale come from its mask. Seeds {seeds}; of photographs all pairs with 5 references an object,
-of renders at most {pairs} pairs with {references}.
+Weights: `{identity}`{training}; refinement: {refinement}. One reference image, one answer a query (top-1). Nothing true
+of the query is used: crop, centre and scale come from its mask. Seeds {seeds}; of photographs {photo_pairs}
+pairs with 5 references an object, of renders at most {pairs} pairs with {references}.
 
 * Protocols, by what is known of gravity: **free** nothing; **upright** its direction in both images levels the crops,
   and the object keeps its up axis (341 viewpoints, the paper's); **standing** its direction and the camera's
@@ -327,6 +331,8 @@ def _section(
     ):
         if kind in pictures:
             yield f"![{text}]({pictures[kind]})\n"
+    if ours["skipped"]:
+        yield f"{len(ours['skipped'])} images could not be used: {'; '.join(ours['skipped'][:3])}\n"
     if tested.kind == "photos" and not tested.shown:
         yield "These photographs carry no licence that allows showing them here.\n"
 
@@ -513,6 +519,15 @@ def _identity(weights: Path) -> str:
     return digest.hexdigest()[:12]
 
 
+def _code() -> str:
+    """Of the estimator's own modules, which new results have to follow."""
+    digest = hashlib.sha256()
+    package = Path(__file__).parents[1]
+    for path in sorted([*package.glob("*.py"), *package.glob("models/*.py")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
 def _published(sections: Sequence[Chapter], work: Path, out: Path) -> dict[str, dict[str, str]]:
     """Copy the pictures that may be shown beside the document; their paths as seen from it."""
     folder = out.parent / "images" / out.stem
@@ -550,18 +565,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--procedural", type=int, default=40, metavar="N", help="procedural objects (%(default)s)")
     parser.add_argument("--predictor", help="folder of weights; the packaged ones by default")
+    parser.add_argument("--refinement", default="none", choices=REFINEMENTS, help="of ours (%(default)s)")
     parser.add_argument("--regression-weights", type=Path, metavar="DIR", help="add rotation regression")
     parser.add_argument("--unet-weights", type=Path, metavar="DIR", help="add NOPE's paper form; takes long, but once")
-    parser.add_argument("--pairs", type=int, default=30, help="most pairs of a rendered object (%(default)s)")
+    parser.add_argument("--pairs", type=int, default=20, help="most pairs of a rendered object (%(default)s)")
+    parser.add_argument("--photo-pairs", type=int, help="most pairs of a photographed object; all by default")
     parser.add_argument("--seed", type=int, action="append", help="may be given several times (0)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda (%(default)s)")
     parser.add_argument("--work", type=Path, default=Path("out/report"), help="folder of results (%(default)s)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="sets at a time (%(default)s)")
     parser.add_argument("--speed", type=Path, metavar="JSON", help="of nope-ros benchmark, in place of running it")
     given = parser.parse_args(arguments)
-    for name in ("pairs", "workers"):
-        if getattr(given, name) < 1:
-            parser.error(f"--{name}: {getattr(given, name)} is not positive")
+    for name in ("pairs", "photo_pairs", "workers"):
+        value = getattr(given, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')}: {value} is not positive")
     try:
         text, pictures = run(given)
     except InputError as error:
@@ -588,10 +606,12 @@ def run(given: argparse.Namespace) -> tuple[str, dict[str, dict[str, str]]]:
             console.print(f"left out: --{name.replace('_', '-')} was not given", style="yellow", highlight=False)
     weights = find_weights(given.predictor)
     seeds = tuple(given.seed or [0])
-    job = partial(Job, pairs=given.pairs, count=given.procedural, seeds=seeds, device=given.device)
+    make = partial(Job, count=given.procedural, seeds=seeds, device=given.device)
     jobs = []
     for tested in sections:
-        jobs.append(job(tested, OURS_PART, str(weights), _identity(weights)))
+        job = partial(make, pairs=given.photo_pairs if tested.kind == "photos" else given.pairs)
+        ours = f"{_identity(weights)} {_code()}"
+        jobs.append(job(tested, OURS_PART, str(weights), ours, refinement=given.refinement))
         if tested.occlusion:
             continue
         jobs.append(job(tested, _PLAIN, None, ""))
@@ -612,7 +632,9 @@ def run(given: argparse.Namespace) -> tuple[str, dict[str, dict[str, str]]]:
         training=f" ({told})" if told else "",
         seeds=", ".join(map(str, seeds)),
         pairs=given.pairs,
+        photo_pairs="all" if given.photo_pairs is None else f"at most {given.photo_pairs}",
         references=_REFERENCES,
+        refinement=given.refinement,
     )
     return document(sections, found, speed, pictures, head), pictures
 
@@ -620,7 +642,17 @@ def run(given: argparse.Namespace) -> tuple[str, dict[str, dict[str, str]]]:
 def _command(given: argparse.Namespace) -> str:
     """What gives the same document; where results are kept, and how many sets run at a time, make no difference."""
     lines = ["nope-ros report"]
-    for name in ("meshes", "photos", "procedural", "predictor", "regression_weights", "unet_weights", "pairs", "seed"):
+    for name in (
+        "meshes",
+        "photos",
+        "procedural",
+        "predictor",
+        "refinement",
+        "regression_weights",
+        "unet_weights",
+        "pairs",
+        "seed",
+    ):
         value = getattr(given, name)
         for one in value if isinstance(value, list) else [value]:
             if one is not None:
