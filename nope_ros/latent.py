@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from nope_ros.crop import Crop
 from nope_ros.frame import InputError
 from nope_ros.harmonics import rotate, wigner_d
-from nope_ros.models.rotated_latent import RotatedLatentConfig, RotatedLatentNetwork
+from nope_ros.models.rotated_latent import RotatedLatentConfig, RotatedLatentNetwork, as_template
 
 if TYPE_CHECKING:  # diffusers takes seconds to import; who uses the rotated latent need not wait
     from nope_ros.models.paper_unet import PaperUNet
@@ -45,7 +45,7 @@ DEFAULT_WEIGHTS = Path(__file__).parent / "weights" / "rotated_latent"
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 # Raised when old code could no longer read new files, or would read them wrongly.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -373,7 +373,9 @@ class RotatedLatentPredictor(NetworkPredictor):
         # Euler angles are found at the precision in which rotations came, and matrices multiplied in float32.
         if not rotations.dtype.is_floating_point or rotations.dtype.itemsize < 4:
             rotations = rotations.float()
-        return rotate(latent, [block.float() for block in wigner_d(rotations, self.network.config.bandwidth)])
+        return rotate(
+            as_template(latent), [block.float() for block in wigner_d(rotations, self.network.config.bandwidth)]
+        )
 
     @classmethod
     def _build(cls, network_config: dict[str, Any], folder: Path | None) -> RotatedLatentNetwork:

@@ -26,7 +26,13 @@ from nope_ros.latent import (
     load_predictor,
 )
 from nope_ros.models.paper_unet import PaperUNet, PaperUNetConfig
-from nope_ros.models.rotated_latent import RotatedLatentConfig, RotatedLatentNetwork
+from nope_ros.models.rotated_latent import (
+    RotatedLatentConfig,
+    RotatedLatentNetwork,
+    as_template,
+    correlation,
+    turned,
+)
 from nope_ros.rotations import exp
 
 SMALL_ROTATED = RotatedLatentConfig(
@@ -157,27 +163,38 @@ def test_bad_device_is_refused(device: str, saved: Path) -> None:
 # --- the rotated latent
 
 
-def test_no_rotation_gives_the_latent_back() -> None:
+def test_no_rotation_gives_the_latent_as_a_template() -> None:
     predictor = _rotated()
-    latent = predictor.encode(_crops(1))[0]
-    assert torch.allclose(predictor.predict(latent, torch.eye(3)[None])[0], latent, atol=1e-5)
+    latent = predictor.encode(_crops(1))[0].reshape(predictor.latent_shape)
+    template = predictor.predict(latent.flatten(), torch.eye(3)[None])[0].reshape(predictor.latent_shape)
+    assert torch.allclose(template, as_template(latent), atol=1e-5)
 
 
 def test_rotations_compose() -> None:
     predictor = _rotated()
-    latent = predictor.encode(_crops(1))[0]
-    first, second = _rotations(2)
-    in_steps = predictor.predict(predictor.predict(latent, first[None])[0], second[None])[0]
-    at_once = predictor.predict(latent, (second @ first)[None])[0]
-    assert torch.allclose(in_steps, at_once, atol=1e-4)
-    back = predictor.predict(at_once, (second @ first).mT[None])[0]
-    assert torch.allclose(back, latent, atol=1e-4)
+    latent = predictor.encode(_crops(1))[0].reshape(1, *predictor.latent_shape)
+    first, second = _rotations(2).float()
+    at_once = turned(latent, (second @ first)[None])
+    assert torch.allclose(turned(turned(latent, first[None]), second[None]), at_once, atol=1e-4)
+    assert torch.allclose(turned(at_once, (second @ first).mT[None]), latent, atol=1e-4)
+    predicted = predictor.predict(latent.flatten(), (second @ first)[None])[0]
+    assert torch.allclose(predicted, as_template(at_once).flatten(), atol=1e-4)
 
 
 def test_turning_keeps_the_norm() -> None:
     predictor = _rotated()
     latent = predictor.encode(_crops(1))[0]
     assert torch.allclose(predictor.predict(latent, _rotations(9)).norm(dim=1), latent.norm(), rtol=1e-4)
+
+
+def test_overlap_without_likeness_is_worse_than_no_overlap() -> None:
+    """Features that count against let a latent say that what both views saw differs."""
+    like, unlike = torch.zeros(2, 1, 1, 10)
+    like[..., 0], unlike[..., 1] = 1.0, 1.0
+    like[..., -1] = unlike[..., -1] = 0.8  # both were seen
+    unseen = torch.zeros(1, 1, 10)
+    alike, different, nothing = (correlation(like, other)[0, 0].item() for other in (like, unlike, unseen))
+    assert alike > nothing > different
 
 
 # --- the paper's form

@@ -39,7 +39,7 @@ class RotatedLatentConfig:
     crop_size: int = 96
     widths: tuple[int, int, int] = (64, 128, 256)
     bandwidth: int = 8
-    channels: int = 64
+    channels: int = 80
     depths: int = 8
     lifted_channels: int = 32
     sphere_blocks: int = 2
@@ -211,6 +211,19 @@ class RotatedLatentNetwork(nn.Module):
         return latent
 
 
+def as_template(latents: Tensor) -> Tensor:
+    """Latents (..., C) as what a query is compared with: the channels that count against have their sign changed.
+
+    A scalar product of two latents of one kind can say that what both saw is alike, or that they saw nothing in common,
+    but never that what both saw differs: a hypothesis under which all is seen and nothing fits would be as good as one
+    under which nothing is seen twice. The last fifth of the channels count against, so that overlap has its price.
+    """
+    against = latents.shape[-1] // 5
+    sign = torch.ones(latents.shape[-1], device=latents.device, dtype=latents.dtype)
+    sign[latents.shape[-1] - against :] = -1
+    return latents * sign
+
+
 def turned(latents: Tensor, R: Tensor) -> Tensor:
     """Latents (N or 1, (L+1)², C) as seen after the rotations R (N, 3, 3): this predictor's whole prediction."""
     bandwidth = round(latents.shape[1] ** 0.5) - 1
@@ -223,6 +236,7 @@ def correlation(latents_query: Tensor, latents_reference: Tensor) -> Tensor:
     Its scalar product with the flattened D_l(R) (see ``flatten_d``) is ⟨e_q, D(R) e_r⟩.
     """
     bandwidth = round(latents_query.shape[1] ** 0.5) - 1
+    latents_reference = as_template(latents_reference)
     return torch.cat(
         [
             torch.einsum("bmc,bnc->bmn", latents_query[:, s], latents_reference[:, s]).flatten(1)

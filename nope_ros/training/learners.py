@@ -37,6 +37,7 @@ if TYPE_CHECKING:  # diffusers takes seconds to import
     from nope_ros.models.paper_unet import PaperUNetConfig
 
 _IDENTITY_WEIGHT = 0.05
+_ENERGY_WEIGHT = 1e-3
 _VAE_WEIGHTS = "diffusion_pytorch_model.safetensors"  # diffusers' name
 
 
@@ -186,7 +187,9 @@ class RotatedLatentLearner(Learner):
         others = ~torch.eye(len(label), dtype=torch.bool, device=embedding.device)
         log_share = similarity - torch.logsumexp(similarity.masked_fill(~others, -1e4), dim=1, keepdim=True)
         identity = -(log_share * (same & others)).sum(1) / (same & others).sum(1)
-        return pose + _IDENTITY_WEIGHT * identity.mean()
+        # What counts for and what counts against could both grow without end and cancel.
+        energy = self.log_scale.exp() * latents.square().sum((2, 3)).mean()
+        return pose + _IDENTITY_WEIGHT * identity.mean() + _ENERGY_WEIGHT * energy
 
     def _latents(self, batch: Batch) -> Tensor:
         pixels = _pixels(batch.crops).contiguous(memory_format=torch.channels_last)
@@ -194,6 +197,11 @@ class RotatedLatentLearner(Learner):
         return latents
 
     def _logits(self, latents: Tensor, batch: Batch, samples: Candidates) -> tuple[PairLogits, PairLogits]:
+        # Scores are differences of large numbers: half precision, good for the network, is too coarse for them.
+        with torch.autocast(latents.device.type, enabled=False):
+            return self._scored(latents, batch, samples)
+
+    def _scored(self, latents: Tensor, batch: Batch, samples: Candidates) -> tuple[PairLogits, PairLogits]:
         """The rolled pairs of a batch, and the upright ones."""
         first, second = _pairs(latents.shape[1])
         R, scale = batch.R_virtual_object, self.log_scale.exp()

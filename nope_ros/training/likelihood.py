@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 from torch import Tensor
 
-from nope_ros.harmonics import rotate, wigner_d
-from nope_ros.models.rotated_latent import correlation, flatten_d, turned
+from nope_ros.harmonics import wigner_d
+from nope_ros.models.rotated_latent import as_template, correlation, flatten_d, turned
 from nope_ros.rotations import exp, rotation_grid
 
 Array = NDArray[np.float64]
@@ -185,12 +185,11 @@ def upright_loss(
     Returns:
         Loss (P,) and logits (P, M).
     """
-    bandwidth = round(latents_query.shape[1] ** 0.5) - 1
     in_object = turned(latents_reference, R_reference.mT)
     logits = scale * (correlation(latents_query, in_object) @ samples.D_views.T)
     blur = exp(np.radians(jitter_deg) * torch.randn(len(R_query), 3).numpy())
     R_near = torch.from_numpy(blur).to(R_query) @ R_query
-    true = scale * (rotate(latents_query, wigner_d(R_near.mT, bandwidth)) * in_object).sum((1, 2))
+    true = scale * (turned(latents_query, R_near.mT) * as_template(in_object)).sum((1, 2))
     log_weight = samples.prior_upright(R_reference[:, 2] @ samples.views[:, 2].T)
     own = samples.prior_upright((R_reference[:, 2] * R_query[:, 2]).sum(1))
     every = torch.cat([logits + log_weight, (true + own)[:, None]], dim=1)
