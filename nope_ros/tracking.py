@@ -10,6 +10,7 @@ object since the last one that counted, and standing still does not make the fil
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -84,6 +85,11 @@ class Tracker:
     def reset(self) -> None:
         """Forget everything: the next frame of each object stands alone."""
         self._beliefs.clear()
+
+    def keep(self, objects: Collection[RegisteredObject]) -> None:
+        """Forget all objects but these."""
+        kept = {id(one) for one in objects}
+        self._beliefs = {name: one for name, one in self._beliefs.items() if id(one.registered) in kept}
 
     def update(
         self,

@@ -17,11 +17,13 @@ from node_process import HEIGHT, WIDTH, K, camera_info_message, image_message, s
 from nope_ros.estimator import PoseEstimator, RegisteredObject
 from nope_ros.frame import Frame, InputError
 from nope_ros.latent import DEFAULT_WEIGHTS
+from nope_ros.node.distro import TransformTree
 from nope_ros.node.estimation import Result, estimate
 from nope_ros.node.gravity import Gravity
 from nope_ros.node.pairing import Match
 from nope_ros.node.parameters import Settings
 from nope_ros.node.registration import reference_frame
+from nope_ros.tracking import Tracker
 
 DOWN = np.array([0.0, 1.0, 0.3])
 ANYTHING = Settings(similarity_threshold=-1.0)
@@ -90,6 +92,35 @@ def test_what_was_chosen_is_refined(
     assert [one.estimate.stage for one in result.seen] == ["synthesis"] and not said
     result, _ = run(estimator, objects[:1], match(image, mask), Gravity(vector=DOWN))
     assert [one.estimate.stage for one in result.seen] == ["template"]
+
+
+def test_objects_are_followed_if_the_parameters_say_so(
+    estimator: PoseEstimator, objects: list[RegisteredObject]
+) -> None:
+    image, mask = scene()
+    tree = TransformTree()
+    gravity = Gravity(vector=DOWN, transforms=tree, timeout=0.0)
+    for stamp in (0, 2_000_000_000):
+        tree.insert("odom", "camera_optical", stamp, np.array([0.0, 0.0, 0.0, 1.0]), static=False)
+    tracker = Tracker()
+
+    def stages(stamp: float, **more: Any) -> tuple[list[str], list[str]]:
+        frame = replace(match(image, mask), stamp=int(stamp * 1e9))
+        said: list[str] = []
+        settings = replace(ANYTHING, **{"tracking_enabled": True, "tracking_fixed_frame": "odom", **more})
+        result = estimate(
+            frame, objects[:1], estimator, settings, gravity, lambda text: said.append(str(text)), tracker
+        )
+        return [one.estimate.stage for one in result.seen], said
+
+    assert stages(1.0) == (["template"], [])
+    assert stages(1.1) == (["tracking"], [])
+    found, said = stages(1.2, tracking_fixed_frame="map")
+    assert found == ["tracking"] and len(said) == 1 and "map" in said[0] and "without the camera's motion" in said[0]
+    assert stages(1.0) == (["template"], []), "time jumped back"
+    assert stages(1.1, tracking_enabled=False) == (["template"], [])
+    assert stages(1.2) == (["template"], []), "what was known went with it"
+    assert stages(1.3, tracking_fixed_frame="", gravity_frame="odom") == (["tracking"], [])
 
 
 def test_small_instances_are_left_out_aloud(estimator: PoseEstimator, objects: list[RegisteredObject]) -> None:

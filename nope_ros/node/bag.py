@@ -54,6 +54,7 @@ from nope_ros.node.parameters import Settings
 from nope_ros.node.registration import register
 from nope_ros.srv import RegisterObject
 from nope_ros.store import ObjectStore, check_object_id
+from nope_ros.tracking import Tracker
 
 NODE = "/nope"
 _TF = "tf2_msgs/msg/TFMessage"
@@ -163,7 +164,7 @@ def moments(job: Job, complain: Callable[[object], object] = lambda problem: Non
             **({job.depth_topic: "depth"} if job.depth_topic else {}),
         }
         # As the node has it: no tree unless something is looked up in it.
-        tree = TransformTree() if settings.gravity_frame or imu_topic else None
+        tree = TransformTree() if settings.needs_transforms else None
         imu = ImuGravity() if imu_topic else None
         vector = np.array(settings.gravity_vector)
         gravity = Gravity(
@@ -332,9 +333,13 @@ def process(job: Job, report: Report = lambda done, total: None) -> Summary:
         resumed = journal.done
         report(resumed, total)
         use_threads(job.settings.threads)
-        for moment in islice(moments(job, complain), resumed, None):
-            journal.add(_frame(moment, job, objects, estimator, journal.marked, complain))
-            report(journal.done, total)
+        tracker = Tracker() if job.settings.tracking_enabled else None
+        for number, moment in enumerate(moments(job, complain)):
+            if number >= resumed:
+                journal.add(_frame(moment, job, objects, estimator, tracker, journal.marked, complain))
+                report(journal.done, total)
+            elif tracker is not None:  # what it knew was lost with the run that was killed
+                _frame(moment, job, objects, estimator, tracker, journal.marked, complain)
         summary = Summary(job.target, journal.done, journal.poses, resumed, tuple(problems))
     if summary.frames == 0:
         path.unlink()
@@ -387,11 +392,12 @@ def _frame(
     job: Job,
     objects: Sequence[RegisteredObject],
     estimator: PoseEstimator,
+    tracker: Tracker | None,
     marked: frozenset[str],
     complain: Complaints,
 ) -> Entry:
     try:
-        result = estimate(moment.match, objects, estimator, job.settings, moment.gravity, complain)
+        result = estimate(moment.match, objects, estimator, job.settings, moment.gravity, complain, tracker)
     except InputError as error:
         complain(error)
         return Entry([], marked, 0)

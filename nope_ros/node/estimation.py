@@ -15,12 +15,14 @@ from nope_ros.assignment import assign
 from nope_ros.estimator import PoseEstimator, RegisteredObject
 from nope_ros.frame import Camera, Frame, InputError
 from nope_ros.node import messages
+from nope_ros.node.distro import TransformError
 from nope_ros.node.gravity import Gravity
 from nope_ros.node.pairing import Match
 from nope_ros.node.parameters import Settings
 from nope_ros.pose import PoseEstimate
 from nope_ros.prior import Prior
 from nope_ros.refine import Query
+from nope_ros.tracking import Tracker
 
 Array = NDArray[np.float64]
 Complain = Callable[[object], None]
@@ -91,6 +93,7 @@ def estimate(
     settings: Settings,
     gravity: Gravity,
     complain: Complain,
+    tracker: Tracker | None = None,
 ) -> Result:
     """Find the registered objects in a frame.
 
@@ -101,6 +104,7 @@ def estimate(
         settings: thresholds and prior.
         gravity: asked for the moment of the image.
         complain: told of what is wrong but can be gone on with.
+        tracker: what earlier frames told, where objects are followed if the parameters say so.
 
     Raises:
         InputError: if the frame cannot be used.
@@ -136,10 +140,15 @@ def estimate(
     priors = [prior_of(one, settings, down is not None, complain) for one in objects]
     # Which instance is which object is told by similarities alone; a pose costs more, and one is made for each pair.
     similarity = np.array([estimator.similarities(query, objects, priors) for query in queries])
+    if tracker is not None:
+        tracker.keep(objects if settings.tracking_enabled else ())
+    turned = orientation_of(header.frame_id, match.stamp, gravity, settings, complain)
     seen = []
     for row, column in assign(similarity, settings.similarity_threshold):
         query, registered = queries[row], objects[column]
         pose = estimator.match(query, registered, priors[column])
+        if tracker is not None and settings.tracking_enabled:
+            pose = tracker.update(query, registered, pose, match.stamp / 1e9, turned)
         pose = refined(query, registered, pose, estimator, settings, complain)
         seen.append(Seen(instances[row], frames[row].mask, registered, pose))
     return Result(header, whole.image, whole.camera, tuple(seen))
@@ -164,6 +173,17 @@ def prior_of(registered: RegisteredObject, settings: Settings, gravity_known: bo
         return wanted
     complain(f"prior: '{wanted}' needs gravity, which is not known for '{registered.object_id}'; using 'free'")
     return "free"
+
+
+def orientation_of(frame_id: str, stamp: int, gravity: Gravity, settings: Settings, complain: Complain) -> Array | None:
+    """R_fixed_camera (3, 3) at a moment (ns) for tracking; None if it is not wanted, or after a complaint not known."""
+    if not settings.fixed_frame or gravity.transforms is None:
+        return None
+    try:
+        return gravity.transforms.rotation(settings.fixed_frame, frame_id, stamp, gravity.timeout)
+    except TransformError as error:
+        complain(f"tracking: {error}; going on without the camera's motion")
+        return None
 
 
 def refined(

@@ -45,6 +45,7 @@ from nope_ros.node.registration import register, register_mesh, requested_match
 from nope_ros.node.statistics import Latencies, Latency, memory_megabytes, status
 from nope_ros.srv import ListObjects, RegisterObject, UnregisterObject
 from nope_ros.store import ObjectStore, StoreError, check_object_id
+from nope_ros.tracking import Tracker
 
 # Inputs, registration, the other services, lifecycle and parameters, TF and IMU, diagnostics: none waits for another.
 _THREADS = 6
@@ -56,9 +57,10 @@ _PATIENCE = 3.0
 
 @dataclass(frozen=True)
 class Session:
-    """What exists while the node is active: the model, the folder of objects, and the thread that estimates."""
+    """What exists while the node is active: model, what is followed, folder of objects, the thread that estimates."""
 
     estimator: PoseEstimator
+    tracker: Tracker
     store: ObjectStore
     stop: threading.Event
     worker: threading.Thread
@@ -180,7 +182,7 @@ class NopeNode(LifecycleNode):
                 self._complain(error)
         stop = threading.Event()
         worker = threading.Thread(target=self._work, args=(stop,), name="estimation", daemon=True)
-        self._session = Session(estimator, store, stop, worker, time.monotonic())
+        self._session = Session(estimator, Tracker(), store, stop, worker, time.monotonic())
         result = super().on_activate(state)
         worker.start()
         names = ", ".join(self._objects) or "none"
@@ -297,7 +299,7 @@ class NopeNode(LifecycleNode):
         settings = self._settings = parameters.read(self)
         self._pairing.patience = int(settings.mask_patience * 1e9)
         self._pairing.capacity = settings.buffer_megabytes * 1_000_000
-        if self._transforms is None and (settings.gravity_frame or settings.gravity_imu_topic):
+        if self._transforms is None and settings.needs_transforms:
             self._transforms = tf.listen(self)
         vector = np.array(settings.gravity_vector)
         self._gravity = Gravity(
@@ -347,7 +349,9 @@ class NopeNode(LifecycleNode):
         use_threads(settings.threads)
         objects = list(self._objects.values())
         try:
-            result = estimate(match, objects, session.estimator, settings, self._gravity, self._complain)
+            result = estimate(
+                match, objects, session.estimator, settings, self._gravity, self._complain, session.tracker
+            )
             self._publish(Outputs(result, settings))
         except (InputError, torch.cuda.OutOfMemoryError) as error:
             self._complain(error)

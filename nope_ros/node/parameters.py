@@ -187,6 +187,19 @@ class Settings:
         "points. synthesis: a climb on the likelihood. both: one after the other.",
         choices=REFINEMENTS,
     )
+    tracking_enabled: bool = _parameter(
+        False,
+        "Follow objects from frame to frame, so that an ambiguous view inherits what earlier ones told. Off: every "
+        "frame alone.",
+        name="tracking.enabled",
+    )
+    tracking_fixed_frame: str = _parameter(
+        "",
+        "TF frame that objects do not move in, such as odom or map: how the camera turns in it is known to tracking. "
+        "Empty: gravity.frame, or where that is empty too, nothing is known of the camera's motion.",
+        name="tracking.fixed_frame",
+        check=_frame,
+    )
     confidence_threshold: float = _parameter(
         0.5,
         "Least probability that the orientation is within 30 degrees, for a pose to be trusted. Others are published, "
@@ -232,6 +245,16 @@ class Settings:
         change="while inactive",
         check=_folder,
     )
+
+    @property
+    def fixed_frame(self) -> str:
+        """The frame that tracking asks TF for, or an empty string."""
+        return (self.tracking_fixed_frame or self.gravity_frame) if self.tracking_enabled else ""
+
+    @property
+    def needs_transforms(self) -> bool:
+        """Whether anything is looked up in TF."""
+        return bool(self.gravity_frame or self.gravity_imu_topic or self.fixed_frame)
 
 
 def _spec(entry: Any) -> Spec:
