@@ -403,7 +403,15 @@ class PoseEstimator:
             walk, self.encode, self.predictor, count=keyframes, poses_metric=poses_metric, report=report
         )
         reference, scale = _reference_of(plan, poses_metric, reference_distance, object_diameter)
-        chosen = replace(plan.keyframes, provenance=replace(plan.keyframes.provenance, scale=scale))
+        if plan.t_camera_object is None:  # where the hull's unit is the radius
+            unit = reference.distance * reference.angular_radius
+        else:
+            unit = float(np.linalg.norm(reference.t_camera_object) / np.linalg.norm(plan.t_camera_object))
+        chosen = replace(
+            plan.keyframes,
+            hull=unit * plan.keyframes.hull,
+            provenance=replace(plan.keyframes.provenance, scale=scale),
+        )
         crop = plan.views[0].crop
         latent = chosen.latents[0]
         if isinstance(self.predictor, RotatedLatentPredictor):

@@ -29,7 +29,7 @@ from nope_ros.pose import ReferencePose
 from nope_ros.video import Keyframes, Provenance
 
 _FORMAT_VERSION = "1"
-_KEYFRAME_ARRAYS = ("R_virtual_object", "R_camera_object", "R_fixed_object", "t_fixed_object")
+_KEYFRAME_ARRAYS = ("R_virtual_object", "R_camera_object", "R_fixed_object", "t_fixed_object", "hull")
 _SUFFIX = ".object.safetensors"
 _SAFE_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,62}")
 # An object takes kilobytes, with a mesh ten megabytes; a larger file is not one of ours and is not read into memory.

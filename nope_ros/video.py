@@ -34,7 +34,7 @@ from nope_ros.match import free_turns, predict_bank
 from nope_ros.models.rotated_latent import correlation, flatten_d
 from nope_ros.pose import distance_from_depth
 from nope_ros.prior import free_rotations, standing_rotations
-from nope_ros.rotations import exp, geodesic_distance, log, turn_to
+from nope_ros.rotations import exp, geodesic_distance, icosphere, log, turn_to
 
 Array = NDArray[np.float64]
 Pose = tuple[Array, Array]
@@ -62,6 +62,8 @@ _MODES = 3
 _CLOSED = np.radians(20.0)
 """How well a cycle of three relative rotations closes when all are right: each errs by some 10°."""
 _OUTLIER = np.radians(30.0)
+HULL_DIRECTIONS = icosphere(2)
+"""Object frame, (162, 3): where a hull's radius is known."""
 _STEP = np.radians(25.0)
 """Standard deviation of the turn between one view of a walk and the next, of those that are compared."""
 
@@ -116,6 +118,14 @@ class Walk:
 
     def __len__(self) -> int:
         return len(self.views) + len(self.refused)
+
+    @property
+    def coverage(self) -> float:
+        """Share (0..1) of all directions that are less than 30° from a view's; of views with camera poses."""
+        seen = [-view.crop.R_virtual_camera[2] @ view.pose[0] for view in self.views if view.pose is not None]
+        if not seen:
+            return 0.0
+        return float(((icosphere(2) @ np.stack(seen).T).max(axis=1) > np.cos(np.radians(30))).mean())
 
     def add(
         self, name: str, frame: Frame, *, gravity_camera: Array | None = None, pose: Pose | None = None
@@ -223,6 +233,8 @@ class Keyframes:
         spread: factor on the temperature, as keyframes contradict each other more or less than in training.
         R_fixed_object: (3, 3), the object frame in the frame of the camera poses.
         t_fixed_object: (3,) its origin there.
+        hull: (162,) how far the outlines let the object reach from its origin in each of ``HULL_DIRECTIONS``, in the
+            unit of the object's poses.
         provenance: of the object frame.
         refused: frames that were not used, and why; not kept on disk.
     """
@@ -234,6 +246,7 @@ class Keyframes:
     spread: float
     R_fixed_object: Array
     t_fixed_object: Array
+    hull: Array
     provenance: Provenance
     refused: tuple[Refusal, ...] = ()
 
@@ -337,6 +350,9 @@ def plan_keyframes(
     latents = encode([view.crop for view in views])
     spread, agreement = left_out(predictor, latents, R_virtual_object)
     t, radius = None, None
+    # Without positions each camera looks at the centre, from where the object's circle has the radius one.
+    axes = np.stack([view.crop.R_virtual_camera[2] for view in views])
+    translations = axes / np.array([view.crop.angular_radius for view in views])[:, None]
     if given:
         translations = np.stack([_pose(view)[1] for view in views]) + rotations @ origin
         t = translations[0]
@@ -344,6 +360,7 @@ def plan_keyframes(
             [view.crop.R_virtual_camera[2] @ one for view, one in zip(views, translations, strict=True)]
         )
         radius = float(np.median(distances * [view.crop.angular_radius for view in views]))
+    hull = outline_radii(views, R_camera_object, translations)
     provenance = Provenance(
         poses="given" if given else "estimated",
         up=how,
@@ -364,6 +381,7 @@ def plan_keyframes(
         spread=spread,
         R_fixed_object=R_fixed_object,
         t_fixed_object=origin,
+        hull=hull,
         provenance=provenance,
         refused=tuple(refused),
     )
@@ -555,6 +573,34 @@ def _levelled(view: View, gravity_camera: Array) -> View:
         crop=replace(crop, image=image, mask=mask, R_virtual_camera=R, roll_known=True),
         gravity_camera=gravity_camera,
     )
+
+
+def outline_radii(views: Sequence[View], R_camera_object: Array, t_camera_object: Array, steps: int = 40) -> Array:
+    """How far along each of ``HULL_DIRECTIONS`` points still lie within all outlines but one in ten: (162,).
+
+    Args:
+        views: with their crops.
+        R_camera_object: (K, 3, 3).
+        t_camera_object: (K, 3) of the object's origin.
+        steps: of the radius.
+    """
+    distance = np.linalg.norm(t_camera_object, axis=1)
+    reach = float(np.max(distance * [view.crop.angular_radius for view in views])) * 1.1
+    radii = (np.arange(steps) + 1) / steps * reach
+    points = (HULL_DIRECTIONS[:, None] * radii[:, None]).reshape(-1, 3)
+    inside = np.zeros(len(points))
+    for view, R, t in zip(views, R_camera_object, t_camera_object, strict=True):
+        seen = (points @ R.T + t) @ (view.crop.K_virtual @ view.crop.R_virtual_camera).T
+        pixel = np.round(seen[:, :2] / np.maximum(seen[:, 2:], 1e-9)).astype(int)
+        size = view.crop.mask.shape[0]
+        within = ((pixel >= 0) & (pixel < size)).all(axis=1) & (seen[:, 2] > 0)
+        column, row = np.clip(pixel, 0, size - 1).T
+        inside += within & (view.crop.mask[row, column] > 127)
+    kept = (inside >= 0.9 * len(views)).reshape(-1, steps)
+    # The farthest point of the object in that direction: a mug's hollow and its handle's hole do not end it.
+    last = np.where(kept.any(axis=1), steps - np.argmax(kept[:, ::-1], axis=1), 0)
+    farthest_inside: Array = last / steps * reach
+    return farthest_inside
 
 
 def left_out(predictor: Predictor, latents: Tensor, R_virtual_object: Array) -> tuple[float, float | None]:
@@ -771,3 +817,36 @@ def _matched_together(
             rotations[index] = here
             turned[index] = common(latents[index][None], here[None])[0]
     return rotations
+
+
+def summary(keyframes: Keyframes) -> list[str]:
+    """What a walk gave, in lines for people: frames refused and why, keyframes, and where the frame comes from."""
+    provenance = keyframes.provenance
+    lines = [f"{refusal.name}: not used, {refusal.reason}" for refusal in keyframes.refused]
+    lines.append(
+        f"{provenance.frames} frames, {provenance.refused} not used, {len(keyframes.names)} keyframes: "
+        + ", ".join(keyframes.names)
+    )
+    if provenance.poses == "given":
+        lines.append(f"poses given; central rays pass the origin at {provenance.off_centre:.2f} radii (median)")
+    else:
+        lines.append(
+            f"poses estimated from {provenance.edges} relative rotations; {provenance.outliers} contradict the rest, "
+            f"the others differ by {provenance.residual_deg:.1f}° (median)"
+        )
+    lines.append(f"up from {_UP[provenance.up]}; lengths: {_SCALE[provenance.scale]}")
+    if provenance.agreement is not None:
+        lines.append(
+            f"left out in turn, {provenance.agreement:.0%} of the keyframes are found within 30° by the others"
+        )
+    return lines
+
+
+_UP = {"gravity": "gravity", "turntable": "the axis the camera went round", "image": "how the camera was held"}
+_SCALE = {
+    "poses": "metres, by the poses",
+    "depth": "metres, by depth",
+    "reference_distance": "metres, by the reference distance",
+    "object_diameter": "metres, by the diameter",
+    "unknown": "the distance in the first keyframe is the unit",
+}

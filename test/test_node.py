@@ -32,6 +32,7 @@ from node_process import (
     image_message,
     ros_context,
     scene,
+    stamp,
     write_untrained_weights,
 )
 from rcl_interfaces.msg import Parameter, ParameterType, ParameterValue
@@ -46,8 +47,8 @@ from nope_ros.demo.sequence import open_recording
 from nope_ros.estimator import PoseEstimator
 from nope_ros.latent import DEFAULT_WEIGHTS
 from nope_ros.node import messages, topics
-from nope_ros.rotations import geodesic_distance
-from nope_ros.srv import RegisterObject
+from nope_ros.rotations import geodesic_distance, look_at
+from nope_ros.srv import RegisterFromStream, RegisterObject
 
 SEQUENCE = ROOT / "demo" / "sequence"
 
@@ -400,6 +401,49 @@ def test_register_a_mesh(node: NodeProcess, robot: Robot, tmp_path: Path) -> Non
     response = robot.call(RegisterObject, "/nope/register_object", request, timeout=60.0)
     assert response.success, response.message
     assert robot.objects() == ["box"]
+
+
+def walk_round(robot: Robot, count: int) -> None:
+    """Frames from a circle of cameras that look at one point, and TF that says so."""
+    for index in range(count):
+        angle = index * 2 * np.pi / count
+        R = look_at(np.array([np.cos(angle), np.sin(angle), 0.5])).T
+        q, eye = Rotation.from_matrix(R).as_quat(), -R[:, 2]
+        when = time.time_ns()
+        sent = TransformStamped(child_frame_id=FRAME)
+        sent.header.frame_id, sent.header.stamp = "map", stamp(when)
+        sent.transform.rotation = Quaternion(x=q[0], y=q[1], z=q[2], w=q[3])
+        sent.transform.translation = Vector3(x=eye[0], y=eye[1], z=eye[2])
+        robot.publish("/tf", TFMessage(transforms=[sent]))
+        robot.frame(*scene(10.0 * index), when=when)
+        time.sleep(0.3)  # slower than the node: each frame is to be looked at
+
+
+def test_register_a_walk_from_the_stream(node: NodeProcess, robot: Robot) -> None:
+    """Frames are answered and services too while it goes on; a walk that was cancelled leaves nothing."""
+
+    def ask(command: int, **values: Any) -> Any:
+        request = RegisterFromStream.Request(command=command, **values)
+        return robot.call(RegisterFromStream, "/nope/register_from_stream", request, timeout=60.0)
+
+    refused = ask(RegisterFromStream.Request.STOP)
+    assert not refused.success and "no walk has been started" in refused.message
+    assert ask(RegisterFromStream.Request.START, object_id="lost").success
+    assert ask(RegisterFromStream.Request.CANCEL).success
+    progress = robot.listen(topics.PROGRESS)
+    assert ask(RegisterFromStream.Request.START, object_id="walked", fixed_frame="map").success
+    again = ask(RegisterFromStream.Request.START, object_id="other")
+    assert not again.success and "under way" in again.message
+    walk_round(robot, 10)
+    seen = robot.wait(progress, lambda message: message.frames - message.refused >= 6, timeout=30.0)
+    assert seen.object_id == "walked" and seen.coverage > 0.1
+    assert robot.objects() == []
+    answer = ask(RegisterFromStream.Request.STOP)
+    assert answer.success, answer.message
+    assert answer.keyframes >= 6 and answer.frames >= answer.keyframes
+    assert "poses given" in answer.message and "up from gravity" in answer.message
+    assert robot.wait(progress, lambda message: message.stage == "done").object_id == "walked"
+    assert robot.objects() == ["walked"]
 
 
 def test_unknown_object(node: NodeProcess, robot: Robot) -> None:

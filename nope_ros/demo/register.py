@@ -29,7 +29,7 @@ from nope_ros.estimator import PoseEstimator, RegisteredObject
 from nope_ros.frame import Camera, Frame, InputError
 from nope_ros.node.bagfile import Topics
 from nope_ros.store import ObjectStore, check_object_id
-from nope_ros.video import KEYFRAMES, Pose, Walk
+from nope_ros.video import KEYFRAMES, Pose, Walk, summary
 
 Array = NDArray[np.float64]
 
@@ -346,7 +346,8 @@ def _from_walk(
         report=lambda what: progress.update(task, description=what),
     )
     progress.stop()
-    for line in summary(registered, walk):
+    assert registered.keyframes is not None
+    for line in summary(registered.keyframes):
         console.print(escape(line), highlight=False, soft_wrap=True)
     return registered
 
@@ -382,38 +383,3 @@ def _listed_poses(path: Path) -> Trajectory:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"poses: {path} holds no list `images` with R and t ({error})") from None
     return Trajectory(np.arange(len(R), dtype=float), np.swapaxes(R, 1, 2), -np.einsum("nji,nj->ni", R, t))
-
-
-def summary(registered: RegisteredObject, walk: Walk) -> list[str]:
-    """What a walk gave, in lines for people: frames refused and why, keyframes, and where the frame comes from."""
-    keyframes = registered.keyframes
-    assert keyframes is not None
-    provenance = keyframes.provenance
-    lines = [f"{refusal.name}: not used, {refusal.reason}" for refusal in keyframes.refused]
-    lines.append(
-        f"{provenance.frames} frames, {provenance.refused} not used, {len(keyframes.names)} keyframes: "
-        + ", ".join(keyframes.names)
-    )
-    if provenance.poses == "given":
-        lines.append(f"poses given; central rays pass the origin at {provenance.off_centre:.2f} radii (median)")
-    else:
-        lines.append(
-            f"poses estimated from {provenance.edges} relative rotations; {provenance.outliers} contradict the rest, "
-            f"the others differ by {provenance.residual_deg:.1f}° (median)"
-        )
-    lines.append(f"up from {_UP[provenance.up]}; lengths: {_SCALE[provenance.scale]}")
-    if provenance.agreement is not None:
-        lines.append(
-            f"left out in turn, {provenance.agreement:.0%} of the keyframes are found within 30° by the others"
-        )
-    return lines
-
-
-_UP = {"gravity": "gravity", "turntable": "the axis the camera went round", "image": "how the camera was held"}
-_SCALE = {
-    "poses": "metres, by the poses",
-    "depth": "metres, by depth",
-    "reference_distance": "metres, by the reference distance",
-    "object_diameter": "metres, by the diameter",
-    "unknown": "the distance in the first keyframe is the unit",
-}

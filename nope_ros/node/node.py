@@ -43,9 +43,11 @@ from nope_ros.node.outputs import Outputs
 from nope_ros.node.pairing import Kind, Match, Pairing
 from nope_ros.node.registration import register, register_mesh, requested_match
 from nope_ros.node.statistics import Latencies, Latency, memory_megabytes, status
-from nope_ros.srv import ListObjects, RegisterObject, UnregisterObject
+from nope_ros.node.stream import StreamRegistration
+from nope_ros.srv import ListObjects, RegisterFromStream, RegisterObject, UnregisterObject
 from nope_ros.store import ObjectStore, StoreError, check_object_id
 from nope_ros.tracking import Tracker
+from nope_ros.video import summary
 
 # Inputs, registration, the other services, lifecycle and parameters, TF and IMU, diagnostics: none waits for another.
 _THREADS = 6
@@ -111,6 +113,7 @@ class NopeNode(LifecycleNode):
         self._objects: dict[str, RegisteredObject] = {}
         self._pose_publishers: dict[str, Publisher[Any]] = {}
         self._registry = threading.RLock()
+        self._stream: StreamRegistration | None = None
         self._marked: frozenset[str] = frozenset()
         self._transforms: distro.Transforms | None = None
         self._imu: ImuGravity | None = None
@@ -132,6 +135,7 @@ class NopeNode(LifecycleNode):
         )
         others = MutuallyExclusiveCallbackGroup()
         self._serve(topics.REGISTER, self._register, MutuallyExclusiveCallbackGroup())
+        self._serve(topics.REGISTER_STREAM, self._register_stream, MutuallyExclusiveCallbackGroup())
         self._serve(topics.UNREGISTER, self._unregister, others)
         self._serve(topics.LIST, self._list, others)
 
@@ -145,7 +149,14 @@ class NopeNode(LifecycleNode):
     @_aloud
     def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Make publishers and subscriptions."""
-        for endpoint in (topics.POSES, topics.DETECTIONS, topics.DISTRIBUTION, topics.MARKERS, topics.OVERLAY):
+        for endpoint in (
+            topics.POSES,
+            topics.DETECTIONS,
+            topics.DISTRIBUTION,
+            topics.MARKERS,
+            topics.OVERLAY,
+            topics.PROGRESS,
+        ):
             self._outputs[endpoint] = self._publisher(endpoint, endpoint.name)
         image = topics.IMAGE_COMPRESSED if self._settings.compressed else topics.IMAGE
         inputs: list[tuple[Kind, topics.Endpoint]] = [
@@ -228,6 +239,7 @@ class NopeNode(LifecycleNode):
             session.stop.set()
             session.worker.join()
         self._marked = frozenset()
+        self._stream = None
         for object_id in list(self._objects):
             self._remove(object_id)
         if self._imu_input is not None:
@@ -347,6 +359,9 @@ class NopeNode(LifecycleNode):
             return
         begin = time.perf_counter()
         use_threads(settings.threads)
+        stream = self._stream
+        if stream is not None and stream.look(match, self._gravity, rectified=settings.rectified):
+            self._outputs[topics.PROGRESS].publish(stream.progress("collecting frames"))
         objects = list(self._objects.values())
         try:
             result = estimate(
@@ -436,6 +451,11 @@ class NopeNode(LifecycleNode):
             registered = register(session.estimator, request, match, self._gravity, rectified=settings.rectified)
         note = "" if registered.metric else "; its distance is unknown and is the unit of length"
         note += "" if registered.gravity_known else "; without gravity, so any orientation is possible"
+        note += self._keep(registered, session)
+        return registered, f"Registered '{object_id}': {registered.template_count} templates{note}"
+
+    def _keep(self, registered: RegisteredObject, session: Session) -> str:
+        """Look for an object from now on, and write it down; what went wrong with the latter, or ''."""
         with self._registry:
             if self._session is not session:
                 raise InputError("the node was deactivated meanwhile; activate it and register again")
@@ -444,8 +464,67 @@ class NopeNode(LifecycleNode):
                 session.store.save(registered)
             except StoreError as error:
                 self._complain(error)
-                note += f"; {error}"
-        return registered, f"Registered '{object_id}': {registered.template_count} templates{note}"
+                return f"; {error}"
+        return ""
+
+    def _register_stream(
+        self, request: RegisterFromStream.Request, response: RegisterFromStream.Response
+    ) -> RegisterFromStream.Response:
+        begin = time.perf_counter()
+        stream = self._stream
+        try:
+            session = self._active()
+            if request.command == request.START:
+                response.message = self._start_stream(request, session)
+            elif stream is None:
+                raise InputError("no walk has been started; call with START, go round the object, then STOP")
+            elif request.command == request.STOP:
+                self._stream = None
+                use_threads(self._settings.threads)
+                registered = stream.register(session.estimator, partial(self._tell, stream))
+                keyframes = registered.keyframes
+                assert keyframes is not None
+                note = self._keep(registered, session)
+                response.keyframes = len(keyframes.names)
+                told = summary(keyframes)[len(keyframes.refused) :]
+                response.message = f"Registered '{stream.object_id}': {'; '.join(told)}{note}"
+                self.get_logger().info(response.message)
+                self._tell(stream, "done")
+            elif request.command == request.CANCEL:
+                self._stream = None
+                stream.end()
+                self._tell(stream, "cancelled")
+                response.message = f"Forgot the walk round '{stream.object_id}'"
+            else:
+                raise InputError(f"command: {request.command} is unknown; 0 starts, 1 stops, 2 cancels")
+        except (InputError, torch.cuda.OutOfMemoryError) as error:
+            self._complain(f"register_from_stream: {error}")
+            response.message = str(error)
+            if stream is not None and self._stream is None:
+                self._tell(stream, "failed")
+        else:
+            response.success = True
+        if stream is not None:
+            response.frames, response.refused = len(stream.walk), len(stream.walk.refused)
+        response.duration = time.perf_counter() - begin
+        return response
+
+    def _start_stream(self, request: RegisterFromStream.Request, session: Session) -> str:
+        object_id = check_object_id(request.object_id)
+        if self._stream is not None:
+            raise InputError(f"a walk round '{self._stream.object_id}' is under way; STOP or CANCEL it first")
+        if object_id in self._objects and not request.overwrite:
+            raise InputError(f"object_id: '{object_id}' is registered already; set overwrite to replace it")
+        if request.fixed_frame and self._transforms is None:
+            self._transforms = tf.listen(self)
+        transforms = self._transforms if request.fixed_frame else None
+        self._stream = StreamRegistration(request, session.estimator.predictor.crop_size, transforms)
+        return f"Collecting frames of '{object_id}': go round it, then STOP"
+
+    def _tell(self, stream: StreamRegistration, stage: str) -> None:
+        publisher = self._outputs.get(topics.PROGRESS)
+        if publisher is not None:
+            publisher.publish(stream.progress(stage))
 
     def _active(self) -> Session:
         if self._session is None:

@@ -14,8 +14,8 @@ from vision_msgs.msg import Detection3DArray
 from visualization_msgs.msg import MarkerArray
 
 from nope_ros.frame import InputError
-from nope_ros.msg import ObjectPoseArray, PoseDistribution
-from nope_ros.srv import ListObjects, RegisterObject, UnregisterObject
+from nope_ros.msg import ObjectPoseArray, PoseDistribution, RegistrationProgress
+from nope_ros.srv import ListObjects, RegisterFromStream, RegisterObject, UnregisterObject
 
 if TYPE_CHECKING:
     from rclpy.qos import QoSProfile
@@ -76,19 +76,26 @@ MARKERS = Endpoint(
     "~/markers", MarkerArray, "out", "for RViz: axes, sphere of probabilities, covariance of the position"
 )
 OVERLAY = Endpoint("~/overlay", Image, "out", "the undistorted image with the poses drawn in")
+PROGRESS = Endpoint("~/registration_progress", RegistrationProgress, "out", "how far a registration from the stream is")
 DIAGNOSTICS = Endpoint(
     "/diagnostics", DiagnosticArray, "out", "once a second: rates, latency, drops, objects, model, memory"
 )
 REGISTER = Endpoint(
     "~/register_object", RegisterObject, "service", "learn an object from one image, or from the latest frame"
 )
+REGISTER_STREAM = Endpoint(
+    "~/register_from_stream",
+    RegisterFromStream,
+    "service",
+    "learn an object from a walk around it: start, stop, cancel",
+)
 UNREGISTER = Endpoint("~/unregister_object", UnregisterObject, "service", "forget an object")
 LIST = Endpoint("~/list_objects", ListObjects, "service", "the registered objects")
 
 ENDPOINTS = (
     *(IMAGE, IMAGE_COMPRESSED, CAMERA_INFO, MASK, DEPTH, IMU),
-    *(TF, OBJECT_POSE, POSES, DETECTIONS, DISTRIBUTION, MARKERS, OVERLAY, DIAGNOSTICS),
-    *(REGISTER, UNREGISTER, LIST),
+    *(TF, OBJECT_POSE, POSES, DETECTIONS, DISTRIBUTION, MARKERS, OVERLAY, PROGRESS, DIAGNOSTICS),
+    *(REGISTER, REGISTER_STREAM, UNREGISTER, LIST),
 )
 
 
