@@ -119,6 +119,12 @@ def _register(words: Words) -> int:
     return register.main(words)
 
 
+def _align(words: Words) -> int:
+    from nope_ros.demo import align
+
+    return align.main(words)
+
+
 def _reference(words: Words) -> int:
     parser = argparse.ArgumentParser(prog="nope-ros reference", description="What the node offers, from its code.")
     parser.add_argument("what", nargs="?", choices=("topics", "parameters", "yaml"), help="both tables by default")
@@ -139,6 +145,9 @@ COMMANDS = (
     Command("play", _play, "a recorded sequence as ROS topics (needs ROS)"),
     Command("estimate", _estimate, "poses in a folder of images, as a library does it"),
     Command("register", _register, "an object from a walk around it (folder, bag or video), or from its mesh"),
+    Command(
+        "align", _align, "one registered object laid over another: the similarity, and whether they are of one kind"
+    ),
     Command("bag", _bag, "the node on recorded bags, without ROS: poses written to a bag"),
     Command("doctor", _doctor, "what is installed, which device and model, whether topics arrive, and what to do"),
     Command("load", _load, "the node under load: latency, memory, CPU (needs ROS)"),
