@@ -31,9 +31,8 @@ Array = NDArray[np.float64]
 GEOMETRY, APPEARANCE = 0.8, 0.2
 CYCLE_SCALE = 0.9
 """In shares of the object's extent (Sommer et al.)."""
-GATE = 0.5
+GATE = 0.59
 """Least score at which two objects are taken to be of one kind; see docs/video.md for how it was chosen."""
-W = 1.0
 _HYPOTHESES = 200
 _NEAR = 0.1  # of the extent: a distance at which two surfaces count as half equal
 
@@ -147,7 +146,8 @@ def align_surfaces(a: Surface, b: Surface, *, cycles: bool = True, gate: float =
         return np.asarray((turned @ both).double().numpy())
 
     agreement = cosines(np.stack([R for _, R, _ in candidates]))
-    scored = [judge(*one)[0] + W * cosine for one, cosine in zip(candidates, agreement, strict=True)]
+    # The surfaces alone took many a chair's back for its front, and the latents' correlation alone many a shelf's.
+    scored = [judge(*one)[0] + cosine for one, cosine in zip(candidates, agreement, strict=True)]
     best = candidates[int(np.argmax(scored))]
     for step in (0.15, 0.07, 0.03):  # radians, shares of the extent
         for _ in range(4):

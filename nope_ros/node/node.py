@@ -360,10 +360,10 @@ class NopeNode(LifecycleNode):
         begin = time.perf_counter()
         use_threads(settings.threads)
         stream = self._stream
-        if stream is not None and stream.look(match, self._gravity, rectified=settings.rectified):
-            self._outputs[topics.PROGRESS].publish(stream.progress("collecting frames"))
         objects = list(self._objects.values())
         try:
+            if stream is not None and stream.look(match, self._gravity, rectified=settings.rectified):
+                self._outputs[topics.PROGRESS].publish(stream.progress("collecting frames"))
             result = estimate(
                 match, objects, session.estimator, settings, self._gravity, self._complain, session.tracker
             )
