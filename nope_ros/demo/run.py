@@ -36,6 +36,7 @@ from nope_ros.demo.sequence import Moment, Recording, open_recording, packaged
 from nope_ros.distribution import Ambiguity
 from nope_ros.frame import Frame, InputError
 from nope_ros.prior import PRIORS
+from nope_ros.refine import REFINEMENTS
 
 if TYPE_CHECKING:
     from nope_ros.demo.session import Answer, Run
@@ -423,6 +424,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", help="folder or bag; the bundled sequence if it is left out")
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder to write to (%(default)s)")
     parser.add_argument("--prior", choices=PRIORS, help="what to assume; free keeps gravity back; default: by gravity")
+    parser.add_argument("--refinement", default="none", choices=REFINEMENTS, help="after the templates (%(default)s)")
+    parser.add_argument("--tracking", action="store_true", help="follow the object over the frames, not each alone")
     parser.add_argument("--weights", default="", help="folder of weights; the packaged ones if it is left out")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (%(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads of the network; 0: PyTorch's choice")
@@ -449,6 +452,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bags = parser.add_argument_group("gravity of a bag")
     bags.add_argument("--gravity-frame", default="", help="frame of its TF whose z axis points up, as odom or map")
     bags.add_argument("--imu-topic", default="", help="its sensor_msgs/Imu")
+    bags.add_argument(
+        "--fixed-frame", default="", help="frame of its TF that the object stands still in, for --tracking"
+    )
     given = parser.parse_args(arguments)
     try:
         return _run(given, console)
@@ -479,6 +485,9 @@ def _run(given: argparse.Namespace, console: Console) -> int:
         device=given.device,
         threads=given.threads,
         reference_distance=given.reference_distance,
+        refinement=given.refinement,
+        tracking=given.tracking,
+        fixed_frame=given.fixed_frame,
         gravity_frame=given.gravity_frame,
         imu_topic=given.imu_topic,
     )

@@ -38,6 +38,7 @@ from nope_ros.msg import ObjectPose, ObjectPoseArray, PoseDistribution
 from nope_ros.node import messages, topics
 from nope_ros.node.bagfile import Recorded
 from nope_ros.prior import Prior
+from nope_ros.refine import Refinement
 from nope_ros.srv import RegisterObject
 
 NODE = "/nope"
@@ -65,6 +66,9 @@ class Options:
         device: see the node's parameter.
         threads: CPU threads; 0: PyTorch's choice.
         reference_distance: metres; None: from the truth of the first frame if there is one.
+        refinement: see the node's parameter.
+        tracking: whether the node follows the object.
+        fixed_frame: of a bag's TF, for tracking.
         gravity_frame: of a bag's TF, its z axis pointing up.
         imu_topic: of a bag.
     """
@@ -75,6 +79,9 @@ class Options:
     device: str = "auto"
     threads: int = 0
     reference_distance: float | None = None
+    refinement: Refinement = "none"
+    tracking: bool = False
+    fixed_frame: str = ""
     gravity_frame: str = ""
     imu_topic: str = ""
 
@@ -245,6 +252,9 @@ def run_session(
         "device": options.device,
         "threads": options.threads,
         "prior": options.prior or "auto",
+        "refinement": options.refinement,
+        "tracking.enabled": options.tracking,
+        "tracking.fixed_frame": options.fixed_frame,
         "storage.directory": str((out / "objects").resolve()),
         "distribution_count": 2000,
         # Every frame is to be answered, however busy the machine.

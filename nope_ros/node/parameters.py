@@ -195,8 +195,8 @@ class Settings:
     )
     tracking_fixed_frame: str = _parameter(
         "",
-        "TF frame that objects do not move in, such as odom or map: how the camera turns in it is known to tracking. "
-        "Empty: gravity.frame, or where that is empty too, nothing is known of the camera's motion.",
+        "TF frame that objects do not move in, such as odom or map: tracking is told how the camera turns in it. "
+        "Empty: nothing is known of the camera's motion.",
         name="tracking.fixed_frame",
         check=_frame,
     )
@@ -249,7 +249,7 @@ class Settings:
     @property
     def fixed_frame(self) -> str:
         """The frame that tracking asks TF for, or an empty string."""
-        return (self.tracking_fixed_frame or self.gravity_frame) if self.tracking_enabled else ""
+        return self.tracking_fixed_frame if self.tracking_enabled else ""
 
     @property
     def needs_transforms(self) -> bool:
