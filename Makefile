@@ -21,7 +21,7 @@ export PYTHONSAFEPATH := 1
 # colcon's script reads variables that may be unset.
 ACTIVATE := set +u; source install/setup.bash; set -u;
 
-.PHONY: help setup demo test clean
+.PHONY: help setup demo test docs clean
 
 help: ## Show this
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,11 @@ test: setup ## Lint, check types, run the tests (ARGS="-k crop" goes to pytest)
 	$(VENV)/ruff format --check .
 	$(VENV)/mypy
 	$(ACTIVATE) $(VENV)/pytest $(ARGS)
+
+docs: setup ## Build the documentation into out/docs
+	@$(VENV)/python -m pip install --quiet --disable-pip-version-check -c requirements-lock.txt -r requirements-docs.txt
+	@$(ACTIVATE) $(VENV)/python -m nope_ros.node.reference
+	@$(VENV)/mkdocs build --strict --quiet && echo "out/docs/index.html"
 
 clean: ## Remove what setup and the demo made
 	rm -rf .venv build install log out/demo nope_ros.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

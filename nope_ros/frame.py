@@ -24,9 +24,18 @@ _COEFFICIENTS: dict[DistortionModel, tuple[int, ...]] = {
 # Larger than any camera in use; refuses a corrupt header before it asks for memory.
 LARGEST_SIDE = 16384
 
+_LONGEST_MESSAGE = 2000
+
 
 class InputError(ValueError):
-    """A bad input: the message says what is wrong, where, and what to do."""
+    """A bad input: the message says what is wrong, where, and what to do.
+
+    In one line, whatever was put in: a name that holds a line break must not forge lines of a log.
+    """
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return "".join(one if one.isprintable() else repr(one)[1:-1] for one in text[:_LONGEST_MESSAGE])
 
 
 @dataclass(frozen=True)

@@ -58,8 +58,18 @@ def constants(path: Path) -> dict[str, Any]:
     return found
 
 
-def test_there_are_two() -> None:
-    assert [path.name for path in FILES] == ["demo.launch.py", "nope.launch.py"]
+def test_there_are_four() -> None:
+    names = ["boxes.launch.py", "demo.launch.py", "nope.launch.py", "two_cameras.launch.py"]
+    assert [path.name for path in FILES] == names
+
+
+def test_two_cameras_share_no_folder_and_no_frame() -> None:
+    sections = yaml.safe_load((ROOT / "config" / "two_cameras.yaml").read_text())
+    cameras = constants(ROOT / "launch" / "two_cameras.launch.py")["CAMERAS"]
+    assert set(sections) == {f"{space}/nope" for space in cameras.values()}
+    for group, name in (("tf", "prefix"), ("storage", "directory")):
+        values = [section["ros__parameters"][group][name] for section in sections.values()]
+        assert len(set(values)) == 2 and f"{group}.{name}" in BY_NAME
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)

