@@ -87,7 +87,7 @@ class Surface:
         features = features - features.mean(axis=0)  # what all places share tells none of them apart
         features /= np.linalg.norm(features, axis=1, keepdims=True) + 1e-12
         points = keyframes.hull[:, None] * HULL_DIRECTIONS
-        extent = float(2 * np.median(keyframes.hull))
+        extent = float(2 * np.percentile(keyframes.hull, 90))  # of a plate too, which reaches far in few directions
         if extent <= 0:
             raise InputError(f"'{registered.object_id}': its outlines contradict each other; register it again")
         return cls(points, features, extent, latent.cpu())

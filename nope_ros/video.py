@@ -788,7 +788,7 @@ def _averaged(edge: Array, weight: Array) -> Array:
 def _matched_together(
     latents: Tensor, rotations: Array, gravity_virtual: Sequence[Array | None], sweeps: int = 3
 ) -> Array:
-    """Each view turned to where all others together explain it best; ‖Σ D(R_k)ᵀ e_k‖ grows with every turn."""
+    """Each view turned to where all others together explain it best: Σ ⟨e_i, D(R_i R_jᵀ) e_j⟩ grows each time."""
     rotations = rotations.copy()
     level = all(one is not None for one in gravity_virtual)
     turn = np.concatenate([np.eye(3), -np.eye(3)])
