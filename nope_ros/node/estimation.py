@@ -139,7 +139,7 @@ def estimate(
     queries = [estimator.look(frame, down) for frame in frames]
     priors = [prior_of(one, settings, down is not None, complain) for one in objects]
     # Which instance is which object is told by similarities alone; a pose costs more, and one is made for each pair.
-    similarity = np.array([estimator.similarities(query, objects, priors) for query in queries])
+    similarity = np.array([estimator.similarities(query, objects) for query in queries])
     if tracker is not None:
         tracker.keep(objects if settings.tracking_enabled else ())
     turned = orientation_of(header.frame_id, match.stamp, gravity, settings, complain)

@@ -208,8 +208,8 @@ class Settings:
         high=1.0,
     )
     similarity_threshold: float = _parameter(
-        0.2,
-        "Least cosine between an image and the best template, for an instance to be taken for that object at all.",
+        0.4,
+        "Least similarity of an image and an object, for the instance to be taken for that object at all.",
         low=-1.0,
         high=1.0,
     )
