@@ -67,6 +67,12 @@ def turn_to(ray: Array, roll: float = 0.0) -> Array:
     return exp(np.array([0.0, 0.0, roll])) @ turn
 
 
+def twist(R: Array) -> Array:
+    """The turn about z (...,) in R (..., 3, 3), radians: R = R_z(twist) · (a turn about an axis in the xy plane)."""
+    angle: Array = np.arctan2(R[..., 1, 0] - R[..., 0, 1], R[..., 0, 0] + R[..., 1, 1])
+    return angle
+
+
 @cache
 def icosphere(level: int) -> Array:
     """Unit vectors (10·4^level + 2, 3) of a subdivided icosahedron: 12, 42, 162, 642, 2562 points.

@@ -168,25 +168,46 @@ def _ball_basis(grid: int, depths: int, bandwidth: int, radii: int = 4) -> np.nd
     return basis / np.linalg.norm(basis, axis=0, keepdims=True)
 
 
-class RotatedLatentNetwork(nn.Module):
-    """Crop → latent: (B, 4, S, S) in −1..1 (RGB black outside the mask, and the mask) → (B, (L+1)², channels)."""
+class CropUNet(nn.Module):
+    """Crop → features at a quarter of its resolution, each of which has seen the whole crop.
 
-    basis: Tensor
+    Args:
+        crop_size: side of the input, pixels; a multiple of 16.
+        widths: channels at 1/4, 1/8 and 1/16 of the input.
+    """
 
-    def __init__(self, config: RotatedLatentConfig) -> None:
+    def __init__(self, crop_size: int, widths: tuple[int, int, int]) -> None:
         super().__init__()
-        self.config = config
-        w1, w2, w3 = config.widths
+        w1, w2, w3 = widths
         self.stem = nn.Sequential(nn.Conv2d(4, w1, 8, stride=4, padding=2, bias=False), nn.BatchNorm2d(w1), nn.ReLU())
         self.encode1 = nn.Sequential(ResidualBlock(w1), ResidualBlock(w1))
         self.down2, self.encode2 = downsample(w1, w2), nn.Sequential(ResidualBlock(w2), ResidualBlock(w2))
         self.down3 = downsample(w2, w3)
         self.encode3 = nn.Sequential(
-            ResidualBlock(w3), ResidualBlock(w3), _Attention(w3, (config.crop_size // 16) ** 2), ResidualBlock(w3)
+            ResidualBlock(w3), ResidualBlock(w3), _Attention(w3, (crop_size // 16) ** 2), ResidualBlock(w3)
         )
         self.up2, self.decode2 = _Up(w3, w2, w2), ResidualBlock(w2)
-        self.up1 = _Up(w2, w1, w1 + w1 // 2)
-        self.lift = nn.Conv2d(w1 + w1 // 2, config.depths * config.lifted_channels, 1)
+        self.features_out = w1 + w1 // 2
+        self.up1 = _Up(w2, w1, self.features_out)
+
+    def features(self, crops: Tensor) -> Tensor:
+        """Features (B, features_out, S/4, S/4) of crops (B, 4, S, S)."""
+        x1 = self.encode1(self.stem(crops))
+        x2 = self.encode2(self.down2(x1))
+        x3 = self.encode3(self.down3(x2))
+        features: Tensor = self.up1(self.decode2(self.up2(x3, x2)), x1)
+        return features
+
+
+class RotatedLatentNetwork(CropUNet):
+    """Crop → latent: (B, 4, S, S) in −1..1 (RGB black outside the mask, and the mask) → (B, (L+1)², channels)."""
+
+    basis: Tensor
+
+    def __init__(self, config: RotatedLatentConfig) -> None:
+        super().__init__(config.crop_size, config.widths)
+        self.config = config
+        self.lift = nn.Conv2d(self.features_out, config.depths * config.lifted_channels, 1)
         basis = _ball_basis(config.crop_size // 4, config.depths, config.bandwidth)
         self.register_buffer("basis", torch.from_numpy(basis).float(), persistent=False)
         self.radii = basis.shape[1] // (config.bandwidth + 1) ** 2
@@ -197,10 +218,7 @@ class RotatedLatentNetwork(nn.Module):
 
     def forward(self, crops: Tensor) -> Tensor:
         """Latents (B, (L+1)², channels) of crops (B, 4, S, S)."""
-        x1 = self.encode1(self.stem(crops))
-        x2 = self.encode2(self.down2(x1))
-        x3 = self.encode3(self.down3(x2))
-        lifted = self.lift(self.up1(self.decode2(self.up2(x3, x2)), x1))
+        lifted = self.lift(self.features(crops))
         batch = len(lifted)
         cells = lifted.reshape(batch, self.config.lifted_channels, -1)  # (B, C, depth·y·x)
         # Each row: one channel's cells, read by every (harmonic, bump).

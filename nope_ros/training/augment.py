@@ -14,7 +14,7 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from nope_ros.crop import look_through, outline, roll_of_gravity, virtual_camera
+from nope_ros.crop import VirtualCamera, look_through, outline, roll_of_gravity, virtual_camera
 
 Array = NDArray[np.float64]
 
@@ -47,10 +47,11 @@ class AugmentationConfig(BaseModel):
 
 @dataclass(frozen=True)
 class View:
-    """One training view: (4, S, S) uint8 RGB (black outside the mask) and mask, and R_virtual_object (3, 3)."""
+    """One training view: (4, S, S) uint8 RGB (black outside the mask) and mask, R_virtual_object (3, 3), the camera."""
 
     crop: NDArray[np.uint8]
     R_virtual_object: Array
+    camera: VirtualCamera
 
 
 def _smooth_noise(rng: Generator, size: int, cells: int) -> NDArray[np.float32]:
@@ -186,4 +187,4 @@ def training_view(
     camera = camera.rolled(roll)
     rgb = cv2.bitwise_and(rgb, rgb, mask=mask)
     crop = np.dstack([look_through(rgb, K, camera, size), look_through(mask, K, camera, size)])
-    return View(np.ascontiguousarray(crop.transpose(2, 0, 1)), camera.R_virtual_camera @ R_camera_object)
+    return View(np.ascontiguousarray(crop.transpose(2, 0, 1)), camera.R_virtual_camera @ R_camera_object, camera)

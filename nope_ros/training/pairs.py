@@ -61,8 +61,11 @@ class RenderCache:
     def __init__(self, config: DataConfig) -> None:
         folder = Path(config.cache)
         self.images: NDArray[np.uint8] = np.load(folder / "images.npy", mmap_mode="r")
+        depth = folder / "depth.npy"
+        self.depth: NDArray[np.float16] | None = np.load(depth, mmap_mode="r") if depth.exists() else None
         with np.load(folder / "views.npz", allow_pickle=False) as views:
             self.R = views["R_camera_object"].astype(np.float64)
+            self.t = views["t_camera_object"].astype(np.float64)
             self.K = views["K"].astype(np.float64)
             object_index = views["object_index"]
             self.names: list[str] = json.loads(str(views["names"]))

@@ -1,0 +1,462 @@
+"""Learn the correspondence refiner: ``nope-ros train config/train/correspondence.yaml``.
+
+Batches are groups of views of one object within sight of each other. Depth of the renders tells where each cell of one
+view is in another. A hypothesis is the truth, disturbed as the templates' answers are, and sometimes wrong altogether;
+then the network has to say so.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import yaml
+from matplotlib.figure import Figure
+from numpy.random import Generator
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
+
+from nope_ros.correspondence import CorrespondenceWeights
+from nope_ros.crop import depth_through
+from nope_ros.latent import CONFIG_FILE, WEIGHTS_FILE, crops_to_tensor, find_weights, load_state, read_state
+from nope_ros.models.correspondence import (
+    CorrespondenceConfig,
+    CorrespondenceNetwork,
+    RelativePose,
+    project,
+)
+from nope_ros.rotations import exp, twist
+from nope_ros.training.augment import AugmentationConfig, training_view
+from nope_ros.training.muon import Muon
+from nope_ros.training.pairs import DataConfig, PairDataset
+from nope_ros.training.train import _load, _save
+
+Array = NDArray[np.float64]
+
+
+class CorrespondenceTraining(BaseModel):
+    """Everything a run depends on, besides the renders."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["correspondence"]
+    data: DataConfig
+    augmentation: AugmentationConfig = AugmentationConfig()
+    network: dict[str, int | list[int]] = {}
+    start: str = ""  # folder of weights to go on from
+    trunk: str = ""  # else: weights of a rotated latent whose U-Net the trunk starts from; empty: the packaged ones
+    train_from: str = "encode3"  # what comes before this in the trunk stays as it was
+    pairs_per_batch: int = 72
+    steps: int = 2
+    most_apart_deg: float = 75.0
+    hypothesis_deg: tuple[float, float] = (1.0, 11.0)  # standard deviation about each axis
+    wrong_share: float = 0.15
+    known_depth_share: float = 0.5  # of the pairs have the reference's true depth, as renders of a mesh have
+    close_share: float = 0.5  # of the groups are drawn within close_deg
+    close_deg: float = 30.0
+    seed: int = 0
+    budget_minutes: float = 40
+    learning_rate: float = 2.0e-3
+    warmup_steps: int = 40
+    weight_decay: float = 0.02
+    ema_decay: float = 0.99
+    validate_minutes: float = 8
+    validation_batches: int = 6
+    workers: int = 1
+    threads: int = 1
+
+
+@dataclass(frozen=True)
+class GroupBatch:
+    """Views of G objects, V each, in the axes of their virtual cameras; lengths in object radii.
+
+    Attributes:
+        crops: (G, V, 4, S, S) uint8.
+        z: (G, V, n, n) depth behind the object's centre at the centres of the cells, in units of the circle; NaN where
+            there is none.
+        R: (G, V, 3, 3) R_virtual_object.
+        t: (G, V, 3) the object's centre.
+        rho: (G, V).
+    """
+
+    crops: Tensor
+    z: Tensor
+    R: Tensor
+    t: Tensor
+    rho: Tensor
+
+    def to(self, device: torch.device | str) -> GroupBatch:
+        """On a device."""
+        return GroupBatch(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+
+class GroupDataset(PairDataset):
+    """An endless stream of groups: an anchor, and views within sight of it, rolled to align with it, about."""
+
+    roll_noise_deg = 6.0
+    close_share = 0.0
+    close_deg = 30.0
+
+    def batch(self, rng: Generator) -> GroupBatch:  # type: ignore[override]
+        """One batch from one generator."""
+        chosen = rng.choice(len(self.probability), self.config.objects_per_batch, replace=False, p=self.probability)
+        groups = [self._group(index, rng) for index in chosen]
+        parts = [np.stack([np.stack([view[part] for view in group]) for group in groups]) for part in range(5)]
+        crops, *rest = (torch.from_numpy(part) for part in parts)
+        return GroupBatch(crops, *(part.float() for part in rest))
+
+    def _group(self, index: int, rng: Generator) -> list[tuple[NDArray[np.generic], ...]]:
+        cache, config = self.cache, self.config
+        candidates = cache.views[index]
+        first = rng.integers(len(candidates))
+        cosine = cache.directions[candidates] @ cache.directions[candidates[first]]
+        within = self.close_deg if rng.random() < self.close_share else config.near_deg
+        near = np.flatnonzero(cosine > np.cos(np.radians(within)))
+        near = near[near != first]
+        if len(near) < config.views_per_object - 1:  # the nearest ones then
+            near = np.argsort(-cosine)[1 : config.views_per_object]
+        rest = rng.choice(near, config.views_per_object - 1, replace=False)
+        roll = None if rng.random() < config.upright_share else float(rng.uniform(-np.pi, np.pi))
+        anchor, R_anchor = self._view(candidates[first], roll, rng)
+        group = [anchor]
+        for other in candidates[rest]:
+            roll = -float(twist(cache.R[other] @ R_anchor.T)) + np.radians(self.roll_noise_deg) * rng.normal()
+            group.append(self._view(other, roll, rng)[0])
+        return group
+
+    def _view(self, view: int, roll: float | None, rng: Generator) -> tuple[tuple[NDArray[np.generic], ...], Array]:
+        cache = self.cache
+        assert cache.depth is not None, "the renders hold no depth; render them with --depth"
+        R, t, K = cache.R[view], cache.t[view], cache.K[view]
+        made = training_view(
+            np.asarray(cache.images[view]), R, K, size=self.size, roll=roll, config=self.augmentation, rng=rng
+        )
+        camera = made.camera
+        t_virtual = camera.R_virtual_camera @ t
+        along = depth_through(np.asarray(cache.depth[view], np.float64) + t[2], K, camera, self.size // 4)
+        z = (along - t_virtual[2]) / (t_virtual[2] * camera.angular_radius)
+        parts = (made.crop, z, made.R_virtual_object, t_virtual, np.array(camera.angular_radius))
+        return parts, made.R_virtual_object
+
+
+@dataclass(frozen=True)
+class Truth:
+    """P pairs, flattened to indices of views, and what is true of them.
+
+    Attributes:
+        reference: (P,) index of the view.
+        query: (P,).
+        pose: true.
+        points: (P, N, 3) of the reference's cells, NaN where there is no surface.
+        targets: (P, N, 3) where they are in the query.
+        visible: (P, N) whether they are seen there.
+        hypothesis: (P, 3, 3).
+        wrong: (P,) hypotheses that have nothing to do with the truth.
+    """
+
+    reference: Tensor
+    query: Tensor
+    pose: RelativePose
+    points: Tensor
+    targets: Tensor
+    visible: Tensor
+    hypothesis: Tensor
+    wrong: Tensor
+
+
+def choose_pairs(
+    batch: GroupBatch, cells: Tensor, config: CorrespondenceTraining, rng: Generator, mask: Tensor
+) -> Truth:
+    """Ordered pairs of a batch and hypotheses for them; ``cells`` (N, 2), ``mask`` (B, 1, n, n) of the crops."""
+    groups, views = batch.rho.shape
+    device = batch.rho.device
+    R, t = batch.R.flatten(0, 1), batch.t.flatten(0, 1)
+    rho, z = batch.rho.flatten(), batch.z.flatten(0, 1)
+    first, second = torch.nonzero(~torch.eye(views, dtype=torch.bool)).unbind(1)
+    start = torch.arange(groups)[:, None] * views
+    reference, query = (start + first).flatten().to(device), (start + second).flatten().to(device)
+    delta = R[query] @ R[reference].mT
+    # Directions of view in the object's axes.
+    towards = F.normalize(-(R.mT @ t[..., None])[..., 0], dim=-1)
+    apart = torch.acos((towards[reference] * towards[query]).sum(-1).clamp(-1, 1))
+    rolled = torch.atan2(delta[:, 1, 0] - delta[:, 0, 1], delta[:, 0, 0] + delta[:, 1, 1]).abs()
+    usable = torch.nonzero((apart < np.radians(config.most_apart_deg)) & (rolled < np.radians(30)))[:, 0]
+    chosen = usable[torch.from_numpy(rng.permutation(len(usable))[: config.pairs_per_batch]).to(device)]
+    reference, query, delta = reference[chosen], query[chosen], delta[chosen]
+
+    unit = t[reference, 2] * rho[reference]  # object radii in the reference's unit
+    centre = F.pad(t[reference, 2:], (2, 0))
+    placed = ((delta @ (centre - t[reference])[..., None])[..., 0] + t[query]) / unit[:, None]
+    pose = RelativePose(delta, placed[:, :2], -(rho[query] * placed[:, 2]).log())
+    # The mean of what a cell's four quarters show.
+    known = z.isfinite().float()
+    total = F.avg_pool2d(z.nan_to_num(0)[:, None], 2).flatten(1)
+    coarse = total / F.avg_pool2d(known[:, None], 2).flatten(1)
+    coarse = coarse[reference]
+    points = torch.cat([cells * (1 + rho[reference, None] * coarse)[..., None], coarse[..., None]], dim=-1)
+    targets = project(points, pose, rho[query])
+    grid = targets[:, :, None, :2] * 0.9
+    surface = F.grid_sample(z[query, None].nan_to_num(9.0), grid.nan_to_num(9.0), mode="nearest", align_corners=False)
+    inside = F.grid_sample(mask[query], grid.nan_to_num(9.0), align_corners=False)[:, 0, :, 0]
+    # The query's own centre of depth is that of the object; the reference's, moved, lies elsewhere.
+    behind = targets[..., 2] + ((placed[:, 2] * unit - t[query, 2]) / (t[query, 2] * rho[query]))[:, None]
+    seen = (surface[:, 0, :, 0] - behind).abs() < 0.15
+    on_object = F.avg_pool2d(mask, 2).flatten(1)[reference] > 0.4
+    visible = seen & (inside > 0.5) & on_object & coarse.isfinite()
+
+    count = len(chosen)
+    sigma = np.radians(rng.uniform(*config.hypothesis_deg, count))
+    noise = rng.normal(size=(count, 3)) * sigma[:, None]
+    wrong = rng.random(count) < config.wrong_share
+    axis = rng.normal(size=(count, 3))
+    axis /= np.linalg.norm(axis, axis=1, keepdims=True)
+    noise = np.where(wrong[:, None], axis * np.radians(rng.uniform(25, 120, (count, 1))), noise)
+    hypothesis = torch.from_numpy(exp(noise)).float().to(device) @ delta
+    return Truth(reference, query, pose, points, targets, visible, hypothesis, torch.from_numpy(wrong).to(device))
+
+
+def angle(R_a: Tensor, R_b: Tensor) -> Tensor:
+    """Angle (P,) between rotations (P, 3, 3), radians, with a gradient everywhere."""
+    chord = ((R_a - R_b).square().sum((1, 2)) + 1e-8).sqrt()
+    return 2 * torch.asin((chord / 8**0.5).clamp(max=0.999))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A batch's loss, its parts for the log, and the pairs' errors (steps + 1, P), radians, with what was expected."""
+
+    loss: Tensor
+    parts: dict[str, float]
+    errors: Tensor
+    log_sigma: Tensor
+    wrong: Tensor
+    known: Tensor
+
+
+def batch_loss(
+    network: CorrespondenceNetwork, batch: GroupBatch, config: CorrespondenceTraining, rng: Generator
+) -> Outcome:
+    """Loss of a batch."""
+    crops = crops_to_tensor(batch.crops.flatten(0, 1)).contiguous(memory_format=torch.channels_last)
+    views = network.view(crops, batch.rho.flatten())
+    z_true = batch.z.flatten(0, 1)[:, None]
+    surface = z_true.isfinite() & (views.mask > 0.5)
+    loss_z = (views.z - z_true.nan_to_num(0)).abs()[surface].mean()
+    truth = choose_pairs(batch, network.cells, config, rng, views.mask)
+    points, valid, coarse = network.points(views)
+    points, valid = points[truth.reference], valid[truth.reference]
+    # With a mesh, depth is known. It also lets the rest be learned while depth is still bad.
+    known = torch.from_numpy(rng.random(len(points)) < config.known_depth_share).to(points.device)
+    measured = known[:, None] & truth.points[..., 2].isfinite()
+    points = torch.where(measured[..., None], truth.points.nan_to_num(0), points)
+    valid = valid & (measured | ~known[:, None])
+    correctable = (~known).to(points)
+    reference, query = coarse[truth.reference], views[truth.query]
+    cosines = network.compare(reference, query)
+    loss_match = _match_loss(cosines[0], truth)
+    pose = RelativePose.of_rotation(truth.hypothesis)
+    right, visible = ~truth.wrong, truth.visible & ~truth.wrong[:, None]
+    weight = visible.float() / visible.sum().clamp(min=1)
+    errors, expected = [angle(pose.R, truth.pose.R).detach()], []
+    loss = 2.0 * loss_z + 0.2 * loss_match
+    parts = {"z": loss_z.item(), "match": loss_match.item()}
+    for number in range(config.steps):
+        step = network.step(points, valid, reference, query, cosines, pose, correctable)
+        off = (step.targets - truth.targets.nan_to_num(0)).abs()
+        loss_flow = (off[..., :2].sum(-1) * weight).sum()
+        deep = (step.points[..., 2] - truth.points[..., 2].nan_to_num(0)).abs()
+        loss_depth = ((off[..., 2] + deep) * weight).sum()
+        error = angle(step.pose.R, truth.pose.R)
+        expected.append(step.log_sigma.detach())
+        # Laplace: sigma is the error to expect.
+        loss_sigma = (step.log_sigma + error.detach() * (-step.log_sigma).exp()).mean()
+        moved = (step.pose.shift - truth.pose.shift).norm(dim=1) + (step.pose.log_scale - truth.pose.log_scale).abs()
+        loss_pose = ((4 * error + 2 * moved) * right).sum() / right.sum().clamp(min=1)
+        late = 0.5 if number == 0 else 1.0
+        loss = loss + late * (2 * loss_flow + loss_depth + loss_pose + 0.1 * loss_sigma)
+        errors.append(error.detach())
+        parts[f"flow{number}"] = loss_flow.item()
+        parts[f"error{number}"] = float(np.degrees(error[right & ~known].median().item()))
+        parts[f"known{number}"] = float(np.degrees(error[right & known].median().item()))
+        pose, points = step.pose.detach(), step.points.detach()
+    parts["start"] = float(np.degrees(errors[0][right].median().item()))
+    parts["moved"] = moved[right].median().item()
+    parts["sigma"] = loss_sigma.item()
+    return Outcome(loss, {"loss": loss.item(), **parts}, torch.stack(errors), torch.stack(expected), truth.wrong, known)
+
+
+def _match_loss(cosines: Tensor, truth: Truth, most: int = 1500) -> Tensor:
+    """InfoNCE: each visible cell against all places of the query, τ = 0.1."""
+    pairs, count = truth.visible.shape
+    side = cosines.shape[-1]
+    rows = torch.nonzero(truth.visible.flatten())[:, 0]
+    rows = rows[torch.randperm(len(rows), device=rows.device)[:most]]
+    place = ((truth.targets.reshape(-1, 3)[rows, :2] * 0.9 + 1) / 2 * side).long().clamp(0, side - 1)
+    logits = cosines.reshape(pairs * count, -1)[rows] / 0.1
+    return F.cross_entropy(logits, place[:, 1] * side + place[:, 0])
+
+
+@torch.inference_mode()
+def validate(
+    network: CorrespondenceNetwork, batches: list[GroupBatch], config: CorrespondenceTraining
+) -> dict[str, float]:
+    """Errors on held-out objects."""
+    network.eval()
+    outcomes = [batch_loss(network, batch, config, np.random.default_rng(n)) for n, batch in enumerate(batches)]
+    network.train()
+    row = {key: float(np.mean([one.parts[key] for one in outcomes])) for key in outcomes[0].parts}
+    errors = torch.cat([one.errors[:, ~one.wrong & ~one.known] for one in outcomes], dim=1).rad2deg()
+    row |= {f"median{n}": errors[n].median().item() for n in range(len(errors))}
+    row["worse_by_2"] = (errors[-1] > errors[0] + 2).float().mean().item() * 100
+    sigma = torch.cat([one.log_sigma[-1] for one in outcomes])
+    final, wrong = torch.cat([one.errors[-1] for one in outcomes]), torch.cat([one.wrong for one in outcomes])
+    row["sigma_right"], row["sigma_wrong"] = sigma[~wrong].mean().item(), sigma[wrong].mean().item()
+    sure = sigma < sigma.median()
+    row["median_sure_half"] = final[sure].median().rad2deg().item()
+    return row
+
+
+def make_network(config: CorrespondenceTraining) -> CorrespondenceNetwork:
+    """The network, its trunk started from a rotated latent's."""
+    sizes = {key: tuple(value) if isinstance(value, list) else value for key, value in config.network.items()}
+    network = CorrespondenceNetwork(CorrespondenceConfig(**sizes))  # type: ignore[arg-type]
+    state = read_state(find_weights(config.trunk or None))
+    network.trunk.load_state_dict({key: state[key] for key in network.trunk.state_dict()})
+    if config.start:
+        folder = Path(config.start)
+        load_state(network, read_state(folder), (), folder / WEIGHTS_FILE)
+    network.trunk.requires_grad_(False)
+    parts = list(network.trunk.named_children())
+    first = [name for name, _ in parts].index(config.train_from)
+    for _, part in parts[first:]:
+        part.requires_grad_(True)
+    return network
+
+
+def train(config_path: Path, out: Path, overrides: dict[str, object] | None = None) -> None:
+    """Train until the budget is spent, resuming from ``out`` if it holds a checkpoint."""
+    config = CorrespondenceTraining.model_validate({**yaml.safe_load(config_path.read_text()), **(overrides or {})})
+    torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    out.mkdir(parents=True, exist_ok=True)
+    network = make_network(config)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs leave it out
+    learned = [p for p in network.parameters() if p.requires_grad]
+    trunk = {id(p) for p in network.trunk.parameters()}
+    optimizer = Muon(
+        [
+            {
+                "params": [p for p in learned if (p.ndim > 1) == matrix and (id(p) in trunk) == of_trunk],
+                "matrix": matrix,
+                "weight_decay": config.weight_decay if matrix and not of_trunk else 0.0,
+            }
+            for matrix, of_trunk in ((True, False), (False, False), (True, True), (False, True))
+        ],
+        lr=config.learning_rate,
+    )
+    average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)
+    step, spent = 0, 0.0
+    checkpoint = out / "checkpoint.safetensors"
+    if checkpoint.exists():
+        step, spent = _load(checkpoint, network, average, optimizer)
+        print(f"resumed after {step} steps, {spent / 60:.1f} minutes")
+    size = network.config.crop_size
+    dataset = GroupDataset(config.data, config.augmentation, size, config.seed, first_batch=step)
+    loader = DataLoader(
+        dataset, batch_size=None, num_workers=config.workers, prefetch_factor=4 if config.workers else None
+    )
+    dataset.close_share, dataset.close_deg = config.close_share, config.close_deg
+    held_out = GroupDataset(config.data, config.augmentation, size, config.seed, validation=True)
+    validation = [held_out.batch(np.random.default_rng((1, n))) for n in range(config.validation_batches)]
+    budget, last = config.budget_minutes * 60, time.monotonic()
+    next_validation = spent + config.validate_minutes * 60
+    running: list[dict[str, float]] = []
+    _train_mode(network)
+    for batch in loader:
+        share = min(spent / budget, 1.0)
+        rate = config.learning_rate * min(1.0, (step + 1) / config.warmup_steps) * 0.5 * (1 + np.cos(np.pi * share))
+        for group, factor in zip(optimizer.param_groups, (1.0, 1.0, 0.3, 0.3), strict=True):
+            group["lr"] = max(rate * factor, 1e-6)
+        with torch.autocast("cpu", torch.bfloat16):
+            outcome = batch_loss(network, batch, config, np.random.default_rng((config.seed, 2, step)))
+        optimizer.zero_grad(set_to_none=True)
+        outcome.loss.backward()
+        nn.utils.clip_grad_norm_(learned, 1.0)
+        optimizer.step()
+        average.update_parameters(network)
+        step += 1
+        running.append(outcome.parts)
+        now = time.monotonic()
+        spent, last = spent + now - last, now
+        if step % 10 == 0:
+            row = {key: float(np.mean([one[key] for one in running])) for key in running[0]}
+            _log(out, {"step": step, "minutes": spent / 60, "left": (budget - spent) / 60, "rate": rate, **row})
+            running.clear()
+        done = spent >= budget
+        if done or spent >= next_validation:
+            next_validation = spent + config.validate_minutes * 60
+            _save(checkpoint, learner=network, average=average, optimizer=optimizer, step=step, spent=spent)
+            with torch.autocast("cpu", torch.bfloat16):
+                averaged = average.module
+                assert isinstance(averaged, CorrespondenceNetwork)
+                row = validate(averaged, validation, config)
+            _train_mode(network)
+            _log(out, {"step": step, "minutes": spent / 60, **{f"val_{key}": value for key, value in row.items()}})
+            last = time.monotonic()  # validation is not training time
+            plot(out)
+        if done:
+            break
+    finished = average.module
+    assert isinstance(finished, CorrespondenceNetwork)
+    export(finished, {"steps": step, "minutes": round(spent / 60, 1)}, out / "weights")
+    print(f"weights: {out / 'weights'}")
+
+
+def export(network: CorrespondenceNetwork, training: dict[str, object], folder: Path) -> None:
+    """Write weights that ``CorrespondenceRefiner.from_pretrained`` reads, in half precision."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {key: value.half() if value.is_floating_point() else value for key, value in network.state_dict().items()}
+    save_file({key: value.contiguous() for key, value in state.items()}, folder / WEIGHTS_FILE)
+    sizes = {key: list(value) if isinstance(value, tuple) else value for key, value in network.config.to_dict().items()}
+    weights = CorrespondenceWeights(network=sizes, training=training)
+    (folder / CONFIG_FILE).write_text(json.dumps(weights.model_dump(), indent=2) + "\n", encoding="utf-8")
+
+
+def plot(folder: Path) -> None:
+    """Draw the log's curves into ``loss.png``."""
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    training = [row for row in rows if "loss" in row]
+    held_out = [row for row in rows if "val_loss" in row]
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot([row["minutes"] for row in training], [row["loss"] for row in training], label="training", linewidth=1)
+    left.plot([row["minutes"] for row in held_out], [row["val_loss"] for row in held_out], "o-", label="held out")
+    left.set(xlabel="minutes", title="loss")
+    left.legend()
+    for key, name in (("start", "hypothesis"), ("known1", "depth known"), ("error1", "depth predicted")):
+        right.plot([row["minutes"] for row in held_out], [row[f"val_{key}"] for row in held_out], "o-", label=name)
+    right.set(xlabel="minutes", title="held out: median rotation error, °", ylim=(0, None))
+    right.legend()
+    figure.savefig(folder / "loss.png", dpi=100)
+
+
+def _train_mode(network: CorrespondenceNetwork) -> None:
+    # The trunk's statistics are those of its own, longer training.
+    network.train()
+    network.trunk.eval()
+
+
+def _log(folder: Path, row: dict[str, float]) -> None:
+    with (folder / "log.jsonl").open("a") as file:
+        file.write(json.dumps({key: round(value, 5) for key, value in row.items()}) + "\n")
+    print("  ".join(f"{key} {value:.4g}" for key, value in row.items()), flush=True)
