@@ -107,9 +107,11 @@ def _train(words: Words) -> int:
 
     import yaml
 
-    from nope_ros.training import train
+    from nope_ros.training import correspond, train
 
-    train.train(given.config, given.out, {name: yaml.safe_load(str(value)) for name, value in overrides.items()})
+    kind = yaml.safe_load(given.config.read_text(encoding="utf-8")).get("kind")
+    learn = correspond.train if kind == "correspondence" else train.train
+    learn(given.config, given.out, {name: yaml.safe_load(str(value)) for name, value in overrides.items()})
     return 0
 
 

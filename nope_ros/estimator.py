@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -23,6 +24,9 @@ from nope_ros.pose import PoseEstimate, ReferencePose, pose_estimate
 from nope_ros.prior import Hypotheses, Prior, free_rotations, hypotheses, resolve, upright_rotations
 from nope_ros.refine import Query, Refinement, Refiner, Step, load_refiner, moved, steps
 from nope_ros.video import KEYFRAMES, Keyframes, Plan, Pose, Scale, Walk, plan_keyframes
+
+if TYPE_CHECKING:  # needs numba and trimesh, which whoever has no mesh can do without
+    from nope_ros.training.mesh import Mesh
 
 Array = NDArray[np.float64]
 
@@ -305,7 +309,7 @@ class PoseEstimator:
 
     def register_mesh(
         self,
-        path: str | Path,
+        mesh: str | Path | Mesh,
         *,
         object_id: str = "object",
         object_diameter: float | None = None,
@@ -315,9 +319,9 @@ class PoseEstimator:
         """Register an object from a mesh of it: templates are renders, and poses are of the mesh's frame, metric.
 
         Args:
-            path: a file that trimesh reads, in metres.
+            mesh: a file that trimesh reads, in metres; or what ``read_mesh`` makes of it.
             object_id: its name.
-            object_diameter: metres; the mesh is scaled to it.
+            object_diameter: metres; a file's mesh is scaled to it.
             gravity_object: (3,) direction of gravity (down) in the mesh's frame as the object stands; allows the priors
                 that need it.
             progress: called with the number of views done and their total.
@@ -326,7 +330,8 @@ class PoseEstimator:
             InputError: naming what is wrong with the file, or with a length.
         """
         gravity = checked_gravity(gravity_object)
-        mesh = read_mesh(path, object_diameter=object_diameter)
+        if isinstance(mesh, str | Path):
+            mesh = read_mesh(mesh, object_diameter=object_diameter)
         rotations = view_rotations(None if gravity is None else -gravity)
         views = render_views(mesh, rotations, self.predictor.crop_size, self.encode, progress)
         # The first view is the reference; its virtual camera is taken for the real one.

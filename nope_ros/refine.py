@@ -113,7 +113,15 @@ def load_refiner(step: Step, predictor: Predictor) -> Refiner:
         InputError: if it cannot be had with this predictor, or its weights cannot be used.
     """
     if step == "correspondence":
-        raise InputError("refinement 'correspondence' is not there yet; use 'none' or 'synthesis'")
+        from nope_ros.correspondence import CorrespondenceRefiner
+
+        refiner = CorrespondenceRefiner.from_pretrained(device=predictor.device)
+        if refiner.crop_size != predictor.crop_size:
+            raise InputError(
+                f"refinement '{step}': takes crops of {refiner.crop_size} px, {predictor.name} has "
+                f"{predictor.crop_size} px; use 'none'"
+            )
+        return refiner
     from nope_ros.synthesis import SynthesisRefiner
 
     return SynthesisRefiner()

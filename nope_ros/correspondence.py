@@ -1,0 +1,457 @@
+"""The refiner that looks where each part of the reference is seen: ``refinement: correspondence``.
+
+Of one image the depth of its parts is predicted; of a mesh it is known, and the reference is the render that is nearest
+to what the templates found. The network is ``nope_ros.models.correspondence``.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from torch import Tensor
+
+from nope_ros.distribution import Mode
+from nope_ros.latent import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    WeightsError,
+    crops_to_tensor,
+    fastest_dtype,
+    known_fields,
+    load_state,
+    read_state,
+    resolve_device,
+)
+from nope_ros.models.correspondence import (
+    CorrespondenceConfig,
+    CorrespondenceNetwork,
+    RelativePose,
+    Step,
+    Views,
+    directions,
+)
+from nope_ros.pose import PoseEstimate, ReferencePose, Stage
+from nope_ros.prior import Prior
+from nope_ros.rotations import exp, twist
+
+if TYPE_CHECKING:
+    from nope_ros.estimator import RegisteredObject
+    from nope_ros.refine import Query, Refined
+
+Array = NDArray[np.float64]
+
+CORRESPONDENCE_WEIGHTS = Path(__file__).parent / "weights" / "correspondence"
+_FORMAT_VERSION = 1
+_CACHED_VIEWS = 256
+# Of the direction of gravity, where it takes a turn out of the rotation's errors; radians.
+_GRAVITY_SIGMA = np.radians(2.0)
+# Of the best mode's probability; modes with less are not tried.
+_LEAST_SHARE = 0.1
+
+
+class Trust(BaseModel):
+    """When to believe the network, by the error that it expects of itself.
+
+    Attributes:
+        offsets_deg: all six degrees of freedom below this.
+        affine_deg: else, below this, what a 2D affine can say; else nothing.
+        spread: standard deviation of the error about each axis, relative to the expected error.
+        hypotheses: most modes of the templates that are tried.
+        first_steps: looks at each of them, before the best goes on.
+        steps: looks at the best.
+        agreement: weight of the features' agreement against the log of a mode's probability.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    offsets_deg: float = Field(ge=0)
+    affine_deg: float = Field(ge=0)
+    spread: float = Field(default=0.63, gt=0)
+    hypotheses: int = Field(default=4, ge=1, le=16)
+    first_steps: int = Field(default=3, ge=1, le=16)
+    steps: int = Field(default=8, ge=1, le=32)
+    agreement: float = Field(default=40.0, ge=0)
+
+
+class CorrespondenceWeights(BaseModel):
+    """What ``config.json`` holds.
+
+    Attributes:
+        refiner: which class reads the weights.
+        format_version: layout of this file and of the weights.
+        network: sizes, see ``CorrespondenceConfig``.
+        with_mesh: when to believe the network where depth is known, as of a mesh.
+        with_image: and where it is predicted. Both are fitted on held-out objects of the training side.
+        licence: of the weights, an SPDX identifier.
+        training: how they came about.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    refiner: str = "correspondence"
+    format_version: int = Field(default=_FORMAT_VERSION, ge=1)
+    network: dict[str, Any]
+    with_mesh: Trust = Trust(offsets_deg=15.0, affine_deg=20.0)
+    with_image: Trust = Trust(offsets_deg=10.0, affine_deg=10.0, hypotheses=1, first_steps=1, steps=1)
+    licence: str = "Apache-2.0"
+    training: dict[str, Any] = Field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the network says of the best of some hypotheses.
+
+    Attributes:
+        modes: the hypotheses in the order of their probabilities, which are new; the best first.
+        reference: the object's, with the size and centre that it has in the view that was compared.
+        R: (3, 3) from the reference's virtual camera to the query's, after the last step.
+        affine_R: (3, 3) the same after what a 2D affine can say.
+        centre_virtual: (3,) the reference's centre in the query's virtual camera, in the pose's unit of length.
+        affine_centre_virtual: (3,) the same after what a 2D affine can say.
+        sigma: expected error of R, radians.
+    """
+
+    modes: tuple[Mode, ...]
+    reference: ReferencePose
+    R: Array
+    affine_R: Array
+    centre_virtual: Array
+    affine_centre_virtual: Array
+    sigma: float
+
+
+@dataclass(frozen=True)
+class _Hypothesis:
+    """A mode, and the view it is compared with.
+
+    Attributes:
+        mode: of the templates.
+        R_view: (3, 3) from the reference's virtual camera to the view's.
+        reference: the object's, with the size and centre that it has in the view.
+        views: the view.
+        depth: (1, N) of its points if it is known.
+        roll: of the query, that aligns it with the view.
+        R: (3, 3) from the view to the query so rolled.
+    """
+
+    mode: Mode
+    R_view: Array
+    reference: ReferencePose
+    views: Views
+    depth: Tensor | None
+    roll: float
+    R: Array
+
+
+class CorrespondenceRefiner:
+    """See the module. Calls may come from several threads.
+
+    Args:
+        network: with its weights.
+        weights: what is stored beside them.
+        device: "auto", or a device.
+    """
+
+    def __init__(
+        self, network: CorrespondenceNetwork, weights: CorrespondenceWeights, device: str | torch.device = "auto"
+    ) -> None:
+        self.device = resolve_device(device)
+        self.weights = weights
+        self.network = network.eval().requires_grad_(False).to(device=self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.dtype = fastest_dtype(self.device)
+        self._views: OrderedDict[tuple[int, int], tuple[RegisteredObject, Views, Tensor | None]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @property
+    def crop_size(self) -> int:
+        """Side of the crops it takes, pixels."""
+        return self.network.config.crop_size
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path | None = None, device: str | torch.device = "auto") -> Self:
+        """Read weights; the packaged ones by default.
+
+        Raises:
+            WeightsError: if they are missing or damaged.
+        """
+        folder = CORRESPONDENCE_WEIGHTS if folder is None else Path(folder)
+        path = folder / CONFIG_FILE
+        try:
+            weights = CorrespondenceWeights.model_validate_json(path.read_text(encoding="utf-8"))
+            sizes = TypeAdapter(CorrespondenceConfig).validate_python(
+                known_fields(CorrespondenceConfig, weights.network)
+            )
+        except OSError as error:
+            raise WeightsError(
+                f"weights: {path} cannot be read ({error.strerror}); install the package again"
+            ) from None
+        except (ValidationError, ValueError) as error:
+            raise WeightsError(f"weights: {path} is wrong: {error}") from None
+        if weights.refiner != "correspondence" or weights.format_version != _FORMAT_VERSION:
+            raise WeightsError(f"weights: {path} is of another refiner or version; install the package again")
+        network = CorrespondenceNetwork(sizes)
+        load_state(network, read_state(folder), (), folder / WEIGHTS_FILE)
+        return cls(network, weights, device)
+
+    def refine(self, query: Query, registered: RegisteredObject, estimate: PoseEstimate) -> Refined | None:
+        """A finer pose; None where the network expects to be wrong."""
+        found = self.look(query, registered, estimate)
+        stage = self.stage(registered, estimate, found)
+        return None if stage is None else self.answer(query, registered, estimate, found, stage)
+
+    def stage(self, registered: RegisteredObject, estimate: PoseEstimate, found: Found) -> Stage | None:
+        """How much of what ``look`` found is to be believed: "offsets", "affine" or nothing."""
+        trust, expected = self._trust(registered), np.degrees(found.sigma)
+        # Of two views alone, how far a part moved may be told from how deep it lies only by what is known of one of
+        # them: of depth by a mesh, of the turn by gravity.
+        told = registered.rendered is not None or estimate.prior == "standing"
+        if told and expected < trust.offsets_deg:
+            return "offsets"
+        return "affine" if expected < trust.affine_deg else None
+
+    def _trust(self, registered: RegisteredObject) -> Trust:
+        return self.weights.with_image if registered.rendered is None else self.weights.with_mesh
+
+    def answer(
+        self, query: Query, registered: RegisteredObject, estimate: PoseEstimate, found: Found, stage: Stage
+    ) -> Refined:
+        """What ``look`` found, as far as the prior allows it; ``stage`` "affine" or "offsets"."""
+        from nope_ros.refine import Refined
+
+        R, centre = found.R, found.centre_virtual
+        variance = (self._trust(registered).spread * found.sigma) ** 2
+        covariance = variance * np.eye(3)
+        if estimate.prior == "standing" and query.gravity_virtual is not None:
+            axis = query.crop.R_virtual_camera.T @ query.gravity_virtual
+            covariance = variance * np.outer(axis, axis) + _GRAVITY_SIGMA**2 * np.eye(3)
+        if stage == "affine":
+            R, centre = found.affine_R, found.affine_centre_virtual
+            covariance = estimate.covariance[3:, 3:]  # the viewing direction, which is most of it, is the templates'
+        R_virtual = constrained(R, estimate.prior, registered.gravity_virtual, query.gravity_virtual)
+        R_camera_virtual = query.crop.R_virtual_camera.T
+        delta_R = R_camera_virtual @ R_virtual @ registered.R_virtual_camera
+        # Of a mesh, each view has a centre of its own: from that of the view that was compared to that of the estimate.
+        asked = registered.reference_at(estimate.delta_R, query.crop.R_virtual_camera)
+        R_object = delta_R @ asked.R_camera_object
+        between = R_object @ (found.reference.offset_object - asked.offset_object)
+        best, *others = found.modes
+        return Refined(
+            stage=stage,
+            modes=(Mode(delta_R, best.probability), *others),
+            rotation_covariance=covariance,
+            centre=R_camera_virtual @ centre + between,
+        )
+
+    def look(self, query: Query, registered: RegisteredObject, estimate: PoseEstimate) -> Found:
+        """What the network makes of an estimate's modes."""
+        trust, crop = self._trust(registered), query.crop
+        modes = estimate.distribution.modes
+        tried = [mode for mode in modes[: trust.hypotheses] if mode.probability > _LEAST_SHARE * modes[0].probability]
+        hypotheses = [self._hypothesis(query, registered, mode) for mode in tried]
+        rgba = np.dstack([crop.image, crop.mask])
+        with torch.inference_mode():
+            seen = self._view(np.stack([rolled(rgba, -one.roll) for one in hypotheses]), crop.angular_radius)
+            search = _Search.start(self, hypotheses, seen)
+            for _ in range(trust.first_steps):
+                search = search.advanced()
+            agreement = search.step.agreement.double().cpu().numpy()  # type: ignore[union-attr]
+            score = trust.agreement * agreement + np.log([mode.probability for mode in tried])
+            order = np.argsort(-score)
+            search = search.only(int(order[0]))
+            for _ in range(trust.steps - trust.first_steps):
+                search = search.advanced()
+        share = np.exp(score - score.max())
+        share *= sum(mode.probability for mode in tried) / share.sum()
+        rest = tuple(mode for mode in modes if all(mode is not one for one in tried))
+        ordered = tuple(Mode(tried[n].R, float(share[n])) for n in order)
+        best = hypotheses[int(order[0])]
+        assert search.step is not None and search.affine is not None
+        R, centre = self._back(search.step.pose, best, crop.angular_radius)
+        affine_R, affine_centre = self._back(search.affine, best, crop.angular_radius)
+        sigma = float(search.step.log_sigma[0].exp())
+        return Found(ordered + rest, best.reference, R, affine_R, centre, affine_centre, sigma)
+
+    def _hypothesis(self, query: Query, registered: RegisteredObject, mode: Mode) -> _Hypothesis:
+        R_virtual = query.crop.R_virtual_camera @ mode.R @ registered.R_virtual_camera.T
+        R_view, reference, views, depth = self._reference(registered, R_virtual)
+        R = R_virtual @ R_view.T
+        # The query is rolled to align with the view, so that features need not know of roll.
+        roll = float(twist(R))
+        return _Hypothesis(mode, R_view, reference, views, depth, roll, exp(np.array([0.0, 0.0, -roll])) @ R)
+
+    @staticmethod
+    def _back(pose: RelativePose, hypothesis: _Hypothesis, rho: float) -> tuple[Array, Array]:
+        unroll = exp(np.array([0.0, 0.0, hypothesis.roll]))
+        x, y = pose.shift[0].double().cpu().numpy()
+        z = float(torch.exp(-pose.log_scale[0])) / rho
+        unit = hypothesis.reference.distance * hypothesis.reference.angular_radius
+        R = unroll @ pose.R[0].double().cpu().numpy() @ hypothesis.R_view
+        return R, unroll @ np.array([x, y, z]) * unit
+
+    def _view(self, rgba: NDArray[np.uint8], rho: float) -> Views:
+        crops = torch.from_numpy(np.ascontiguousarray(rgba)).permute(0, 3, 1, 2).to(self.device)
+        pixels = crops_to_tensor(crops).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return self.network.view(pixels, torch.full((len(pixels),), rho, device=self.device))
+
+    def _reference(
+        self, registered: RegisteredObject, R_virtual: Array
+    ) -> tuple[Array, ReferencePose, Views, Tensor | None]:
+        """The view to start from.
+
+        Args:
+            registered: the object.
+            R_virtual: (3, 3) hypothesis, from the reference's virtual camera to the query's.
+
+        Returns:
+            (3, 3) from the reference's virtual camera to the view's, the reference with that view's size and centre,
+            the view, and (1, N) the depth of its points if it is known.
+        """
+        rendered = registered.rendered
+        if rendered is None:
+            view, R_view, reference = -1, np.eye(3), registered.reference
+        else:
+            R_reference = registered.R_virtual_camera @ registered.reference.R_camera_object
+            view = int(rendered.nearest((R_virtual @ R_reference)[None])[0])
+            R_view = rendered.R[view] @ R_reference.T
+            reference = rendered.reference_at(rendered.R[view], registered.reference)
+        key = (id(registered), view)
+        with self._lock:
+            if key in self._views:
+                self._views.move_to_end(key)
+                return R_view, reference, *self._views[key][1:]
+        with torch.inference_mode():
+            if rendered is None:
+                rgba = np.dstack([registered.thumbnail, registered.mask])
+                found, depth = self._view(rgba[None], reference.angular_radius), None
+            else:
+                found = self._view(rendered.crops[view][None], reference.angular_radius)
+                cells = torch.from_numpy(rendered.depth[view].astype(np.float32)).to(self.device)
+                depth = cells.unflatten(0, (-1, 2)).unflatten(2, (-1, 2)).nanmean(dim=(1, 3)).flatten()[None]
+        with self._lock:
+            self._views[key] = (registered, found, depth)  # the object too: while it is here, its id is its own
+            if len(self._views) > _CACHED_VIEWS:
+                self._views.popitem(last=False)
+        return R_view, reference, found, depth
+
+
+@dataclass(frozen=True)
+class _Search:
+    """Hypotheses on their way; all of one kind, depth known or predicted."""
+
+    refiner: CorrespondenceRefiner
+    points: Tensor
+    valid: Tensor
+    correctable: Tensor
+    reference: Views
+    query: Views
+    cosines: tuple[Tensor, Tensor]
+    pose: RelativePose
+    affine: RelativePose | None = None
+    step: Step | None = None
+
+    @classmethod
+    def start(cls, refiner: CorrespondenceRefiner, hypotheses: list[_Hypothesis], query: Views) -> Self:
+        """Where the templates say."""
+        network, device = refiner.network, refiner.device
+        views = Views(*(torch.cat([getattr(one.views, field.name) for one in hypotheses]) for field in fields(Views)))
+        points, valid, coarse = network.points(views)
+        depths = [one.depth for one in hypotheses if one.depth is not None]
+        if depths:
+            depth = torch.cat(depths)
+            known = depth.isfinite()
+            there = network.deepened(torch.zeros_like(points), depth.nan_to_num(0), views.rho)
+            points, valid = torch.where(known[..., None], there, points), valid & known
+        R = np.stack([one.R for one in hypotheses])
+        return cls(
+            refiner,
+            points,
+            valid,
+            torch.full((len(R),), float(not depths), device=device),
+            coarse,
+            query,
+            network.compare(coarse, query),
+            RelativePose.of_rotation(torch.tensor(R, dtype=torch.float32, device=device)),
+        )
+
+    def advanced(self) -> _Search:
+        """One look further."""
+        network, dtype = self.refiner.network, self.refiner.dtype
+        with torch.autocast(self.refiner.device.type, dtype, enabled=dtype != torch.float32):
+            step = network.step(
+                self.points, self.valid, self.reference, self.query, self.cosines, self.pose, self.correctable
+            )
+        affine = self.affine
+        if affine is None:
+            affine, _ = network.solved(
+                step.points,
+                step.targets,
+                step.log_weights,
+                self.pose,
+                self.query.rho,
+                self.correctable,
+                directions(affine_only=True).to(step.points),
+            )
+        return replace(self, points=step.points, pose=step.pose, affine=affine, step=step)
+
+    def only(self, index: int) -> _Search:
+        """One of them."""
+        if len(self.valid) == 1:
+            return self
+        one = slice(index, index + 1)
+        cells = len(self.cosines[0]) // len(self.valid)
+        assert self.affine is not None and self.step is not None
+        return replace(
+            self,
+            points=self.points[one],
+            valid=self.valid[one],
+            correctable=self.correctable[one],
+            reference=self.reference[one],
+            query=self.query[one],
+            cosines=tuple(volume[index * cells : (index + 1) * cells] for volume in self.cosines),  # type: ignore[arg-type]
+            pose=self.pose[one],
+            affine=self.affine[one],
+            step=self.step[one],
+        )
+
+
+def rolled(rgba: NDArray[np.uint8], roll: float) -> NDArray[np.uint8]:
+    """A crop (S, S, 4) as its virtual camera sees it after a roll: content turns by ``roll`` from x towards y."""
+    middle = (rgba.shape[0] - 1) / 2
+    cosine, sine = np.cos(roll), np.sin(roll)
+    turn = np.array([[cosine, -sine], [sine, cosine]])
+    shift = middle - turn @ [middle, middle]
+    turned: NDArray[np.uint8] = cv2.warpAffine(rgba, np.column_stack([turn, shift]), rgba.shape[:2])
+    return turned
+
+
+def constrained(R: Array, prior: Prior, gravity_reference: Array | None, gravity_query: Array | None) -> Array:
+    """The nearest rotation (3, 3) between virtual cameras that a prior allows; gravity (3,) in each of them."""
+    if prior == "free" or gravity_reference is None:
+        return R
+    down = R @ gravity_reference
+    if prior == "standing" and gravity_query is not None:
+        wanted = gravity_query
+    else:  # upright: level, whatever the elevation
+        flat = np.hypot(down[0], down[1])
+        if flat < 1e-6:
+            return R
+        wanted = np.array([0.0, flat, down[2]])
+    # Along the great circle from where gravity would be to where it is.
+    axis = np.cross(down, wanted)
+    sine = np.linalg.norm(axis)
+    if prior == "upright":
+        return exp(np.array([0.0, 0.0, np.arctan2(down[0], down[1])])) @ R
+    if sine < 1e-12:
+        return R
+    turned: Array = exp(axis / sine * np.arctan2(sine, down @ wanted)) @ R
+    return turned

@@ -1,0 +1,299 @@
+"""What each stage of the correspondence refiner adds: ``python -m nope_ros.evaluation.stages photos|meshes DIR``.
+
+Rows are the templates alone, with what a 2D affine can say, with offsets, and what the estimator answers, which takes
+either, or neither, by the error that the network expects. Rotation, roll and harm are judged where the templates are
+right (within 20°, modulo the object's symmetry): what is lost before cannot be refined. With ``--mesh-templates``
+objects are registered from their meshes, in place of one image each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from scipy.spatial import KDTree
+
+from nope_ros.correspondence import CorrespondenceRefiner
+from nope_ros.crop import Crop
+from nope_ros.estimator import PoseEstimator, RegisteredObject
+from nope_ros.evaluation.meshes import MESH_SUFFIXES, mesh_set
+from nope_ros.evaluation.photos import photo_set
+from nope_ros.evaluation.protocol import EvaluationObject, EvaluationSet, View
+from nope_ros.frame import Frame, InputError
+from nope_ros.pose import PoseEstimate
+from nope_ros.prior import PRIORS, Prior
+from nope_ros.refine import moved
+from nope_ros.rotations import twist
+from nope_ros.training.mesh import load_mesh
+
+Array = NDArray[np.float64]
+
+RIGHT_DEG = 20.0
+HARM_DEG = 2.0
+ROWS = ("template", "+ affine", "+ offsets", "answer")
+
+
+@dataclass(frozen=True)
+class StageError:
+    """One answer against the truth.
+
+    Attributes:
+        rotation_deg: modulo the object's symmetry.
+        roll_deg: turn about the viewing direction, modulo nothing.
+        centre_percent: of the object's centre in the crop, % of its side.
+        scale_percent: of the distance.
+        translation_percent: of the distance to the object.
+        add: mean distance of the mesh's points over its diameter (nearest points if it is symmetric), or NaN.
+        seconds: from the image to this answer.
+    """
+
+    rotation_deg: float
+    roll_deg: float
+    centre_percent: float
+    scale_percent: float
+    translation_percent: float
+    add: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What the stages say of one query: an error for each of ``ROWS``, and what the network expected."""
+
+    object_name: str
+    errors: tuple[StageError, ...]
+    sigma_deg: float
+
+    @property
+    def right(self) -> bool:
+        """Whether the template was."""
+        return self.errors[0].rotation_deg < RIGHT_DEG
+
+
+@dataclass(frozen=True)
+class StageFigures:
+    """One row: medians; shares in %; times in ms."""
+
+    rotation_deg: float
+    roll_deg: float
+    worse_percent: float
+    centre_percent: float
+    scale_percent: float
+    translation_percent: float
+    add_recall_percent: float
+    p50_ms: float
+    p95_ms: float
+
+    @classmethod
+    def of(cls, pairs: Sequence[Pair], row: int) -> StageFigures:
+        """Of the queries whose template is right; ADD recall and time are of all."""
+        right = [pair for pair in pairs if pair.right]
+
+        def median(name: str) -> float:
+            return float(np.median([getattr(pair.errors[row], name) for pair in right])) if right else float("nan")
+
+        worse = [pair.errors[row].rotation_deg > pair.errors[0].rotation_deg + HARM_DEG for pair in right]
+        seconds = [pair.errors[row].seconds for pair in pairs]
+        add = np.array([pair.errors[row].add for pair in pairs])
+        return cls(
+            rotation_deg=median("rotation_deg"),
+            roll_deg=median("roll_deg"),
+            worse_percent=100 * float(np.mean(worse)) if right else float("nan"),
+            centre_percent=median("centre_percent"),
+            scale_percent=median("scale_percent"),
+            translation_percent=median("translation_percent"),
+            add_recall_percent=float("nan") if np.isnan(add).any() else 100 * float((add < 0.1).mean()),
+            p50_ms=1000 * float(np.median(seconds)),
+            p95_ms=1000 * float(np.percentile(seconds, 95)),
+        )
+
+
+class _Model:
+    """Points of a mesh for ADD, or none."""
+
+    def __init__(self, points: Array | None) -> None:
+        self.points = points
+        self.diameter = 0.0 if points is None else float(np.linalg.norm(points[:, None] - points[None], axis=-1).max())
+
+    def add(self, R: Array, t: Array, R_true: Array, t_true: Array, symmetric: bool) -> float:
+        if self.points is None:
+            return float("nan")
+        seen, true = self.points @ R.T + t, self.points @ R_true.T + t_true
+        distance = KDTree(seen).query(true)[0] if symmetric else np.linalg.norm(seen - true, axis=1)
+        return float(distance.mean()) / self.diameter
+
+
+def _error(
+    estimate: PoseEstimate, view: View, crop: Crop, evaluated: EvaluationObject, model: _Model, seconds: float
+) -> StageError:
+    R, t, R_true, t_true = (
+        estimate.R_camera_object,
+        estimate.t_camera_object,
+        view.R_camera_object,
+        view.t_camera_object,
+    )
+    seen, true = (crop.K_virtual @ crop.R_virtual_camera @ point for point in (t, t_true))
+    apart = np.linalg.norm(seen[:2] / seen[2] - true[:2] / true[2])
+    between = crop.R_virtual_camera @ R @ R_true.T @ crop.R_virtual_camera.T
+    return StageError(
+        rotation_deg=float(np.degrees(evaluated.symmetry.error(R, R_true))),
+        roll_deg=float(np.degrees(abs(twist(between)))),
+        centre_percent=100 * float(apart) / crop.image.shape[0],
+        scale_percent=100 * abs(float(np.log(np.linalg.norm(t) / np.linalg.norm(t_true)))),
+        translation_percent=100 * float(np.linalg.norm(t - t_true) / np.linalg.norm(t_true)),
+        add=model.add(R, t, R_true, t_true, not evaluated.symmetry.trivial),
+        seconds=seconds,
+    )
+
+
+def judge(
+    estimator: PoseEstimator,
+    refiner: CorrespondenceRefiner,
+    registered: RegisteredObject,
+    evaluated: EvaluationObject,
+    query: View,
+    frame: Frame,
+    prior: Prior,
+    model: _Model,
+) -> Pair:
+    """All stages of one query."""
+    begin = time.perf_counter()
+    seen = estimator.look(frame, None if prior == "free" else query.gravity_camera)
+    template = estimator.match(seen, registered, prior)
+    matched = time.perf_counter() - begin
+    found = refiner.look(seen, registered, template)
+    looked = time.perf_counter() - begin
+    reference = registered.reference_at(template.delta_R, seen.crop.R_virtual_camera)
+    affine, offsets = (
+        moved(template, refiner.answer(seen, registered, template, found, stage), reference)
+        for stage in ("affine", "offsets")
+    )
+    stage = refiner.stage(registered, template, found)
+    answer = {"affine": affine, "offsets": offsets}.get(stage or "", template)
+    poses = ((template, matched), (affine, looked), (offsets, looked), (answer, looked))
+    errors = tuple(_error(pose, query, seen.crop, evaluated, model, seconds) for pose, seconds in poses)
+    return Pair(evaluated.name, errors, float(np.degrees(found.sigma)))
+
+
+def judge_set(
+    found: EvaluationSet,
+    estimator: PoseEstimator,
+    refiner: CorrespondenceRefiner,
+    prior: Prior,
+    *,
+    mesh_folder: Path | None = None,
+    within_deg: float = 90.0,
+    progress: bool = False,
+) -> Iterator[Pair]:
+    """All stages of all queries of a set.
+
+    Args:
+        found: the set.
+        estimator: gives the templates' answers.
+        refiner: follows.
+        prior: what is known of gravity.
+        mesh_folder: that the set is of, if objects are registered from their meshes; else from the reference views.
+        within_deg: most that the directions of view of reference and query are apart, without a mesh.
+        progress: show a bar.
+    """
+    console = Console(stderr=True, quiet=not progress)
+    for evaluated in track(found.objects(), found.kind, total=found.count, console=console):
+        model, whole = _Model(None), None
+        if mesh_folder is not None:
+            mesh = load_mesh(_file(mesh_folder, evaluated.name)).normalised()[0]
+            step = max(1, len(mesh.vertices) // 500)
+            model = _Model(mesh.vertices[::step].astype(np.float64))
+            down = None if prior == "free" else np.array([0.0, 0.0, -1.0])
+            whole = estimator.register_mesh(mesh, object_id="mesh", gravity_object=down)
+        pairs = {(0, query) for _, query in evaluated.pairs} if whole is not None else set(evaluated.pairs)
+        frames: dict[int, Frame] = {}
+        known: dict[int, RegisteredObject] = {}
+        for first, second in sorted(pairs):
+            reference, query = evaluated.views[first], evaluated.views[second]
+            near = reference.direction @ query.direction > np.cos(np.radians(within_deg))
+            if whole is None and not near:
+                continue
+            try:
+                if second not in frames:
+                    frames[second] = query.read()
+                if whole is None and first not in known:
+                    known[first] = estimator.register_frame(
+                        reference.read(),
+                        R_camera_object=reference.R_camera_object,
+                        t_camera_object=reference.t_camera_object,
+                        gravity_camera=None if prior == "free" else reference.gravity_camera,
+                    )
+            except InputError:
+                continue
+            registered = whole or known[first]
+            yield judge(estimator, refiner, registered, evaluated, query, frames[second], prior, model)
+
+
+def _file(folder: Path, name: str) -> Path:
+    for suffix in MESH_SUFFIXES:
+        if (folder / f"{name}{suffix}").is_file():
+            return folder / f"{name}{suffix}"
+    raise InputError(f"meshes: {folder} has no {name}")
+
+
+def table(pairs: Sequence[Pair], title: str) -> Table:
+    """The figures of all rows."""
+    right = sum(pair.right for pair in pairs)
+    drawn = Table(title=f"{title}: {len(pairs)} queries, template right in {right}", title_justify="left")
+    drawn.add_column("")
+    for field in fields(StageFigures):
+        drawn.add_column(field.name.replace("_percent", " %").replace("_deg", " °").replace("_", " "), justify="right")
+    for number, row in enumerate(ROWS):
+        figures = StageFigures.of(pairs, number)
+        drawn.add_row(row, *(f"{value:.2f}" if value == value else "–" for value in asdict(figures).values()))
+    return drawn
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=("photos", "meshes"))
+    parser.add_argument("dir", type=Path)
+    parser.add_argument("--protocol", choices=PRIORS, default="free")
+    parser.add_argument("--mesh-templates", action="store_true", help="register from meshes, not from one image each")
+    parser.add_argument("--objects", type=lambda text: text.split(","), metavar="A,B,...")
+    parser.add_argument("--pairs", type=int, default=10, help="most queries of an object (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--predictor", help="folder of weights; the packaged ones by default")
+    parser.add_argument("--refiner", help="folder of weights; the packaged ones by default")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write figures and every query's errors to this file")
+    given = parser.parse_args(arguments)
+    if given.mesh_templates and given.kind != "meshes":
+        parser.error("--mesh-templates needs meshes")
+    estimator = PoseEstimator.from_pretrained(given.predictor)
+    refiner = CorrespondenceRefiner.from_pretrained(given.refiner)
+    if given.kind == "photos":
+        found = photo_set(given.dir, given.seed, objects=given.objects, pairs=given.pairs)
+    else:
+        found = mesh_set(given.dir, given.seed, protocols=(given.protocol,), objects=given.objects, pairs=given.pairs)
+    folder = given.dir if given.mesh_templates else None
+    pairs = list(judge_set(found, estimator, refiner, given.protocol, mesh_folder=folder, progress=True))
+    if not pairs:
+        print("nothing was evaluated: the set has no pairs for this protocol")
+        return 1
+    mode = "mesh templates" if given.mesh_templates else "one image"
+    console = Console()
+    console.width = max(console.width, 150)
+    console.print(table(pairs, f"{given.kind}, {given.protocol}, {mode}"))
+    if given.json is not None:
+        rows = {row: asdict(StageFigures.of(pairs, number)) for number, row in enumerate(ROWS)}
+        given.json.write_text(json.dumps({"rows": rows, "queries": [asdict(pair) for pair in pairs]}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,210 @@
+"""The correspondence refiner: its geometry, what it learns from, and what it does for an object with a mesh."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nope_ros.correspondence import CORRESPONDENCE_WEIGHTS, constrained, rolled
+from nope_ros.crop import VirtualCamera, depth_through, look_through
+from nope_ros.estimator import PoseEstimator
+from nope_ros.evaluation.meshes import FIRST_UNSEEN_SEED, random_camera
+from nope_ros.frame import Frame
+from nope_ros.models.correspondence import (
+    CorrespondenceConfig,
+    CorrespondenceNetwork,
+    RelativePose,
+    cell_centres,
+    directions,
+    project,
+    solve,
+)
+from nope_ros.rotations import exp, geodesic_distance, twist
+from nope_ros.training.procedural import procedural_object
+from nope_ros.training.render import render
+from nope_ros.training.render_cache import random_finish, random_lighting
+
+seeds = st.integers(0, 2**32 - 1)
+
+
+def random_pose(rng: np.random.Generator, size: float) -> RelativePose:
+    """A turn of up to ``size`` radians about each axis, with shift and scale."""
+    R = torch.tensor(exp(rng.uniform(-size, size, (1, 3))))
+    return RelativePose(R, torch.tensor(rng.uniform(-0.2, 0.2, (1, 2))), torch.tensor(rng.uniform(-0.2, 0.2, 1)))
+
+
+@settings(max_examples=25, deadline=None)
+@given(seeds)
+def test_solving_brings_points_to_their_targets(seed: int) -> None:
+    """From true places the true pose follows, whatever the perspective; and weights of nothing change nothing."""
+    rng = np.random.default_rng(seed)
+    points = torch.tensor(rng.uniform(-0.8, 0.8, (1, 80, 3)))
+    rho = torch.tensor(rng.uniform(0.05, 0.4, 1))
+    true = random_pose(rng, 1.5)
+    start = RelativePose.of_rotation(torch.tensor(exp(rng.uniform(-0.15, 0.15, (1, 3)))) @ true.R)
+    targets, weights, damping = project(points, true, rho), torch.ones(1, 80, 2).double(), torch.full((1, 6), 1e-9)
+    pose = start
+    for _ in range(8):
+        pose, _ = solve(points, targets, weights, pose, rho, damping.double(), torch.eye(6).double())
+    torch.testing.assert_close(pose.R, true.R, atol=1e-5, rtol=0)
+    torch.testing.assert_close(pose.shift, true.shift, atol=1e-5, rtol=0)
+    torch.testing.assert_close(pose.log_scale, true.log_scale, atol=1e-5, rtol=0)
+    kept, _ = solve(points, targets, 0 * weights, start, rho, torch.ones(1, 6).double(), torch.eye(6).double())
+    torch.testing.assert_close(kept.R, start.R)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seeds)
+def test_an_affine_rolls_shifts_and_scales_only(seed: int) -> None:
+    """The viewing direction stays what the template has."""
+    rng = np.random.default_rng(seed)
+    points, rho = torch.tensor(rng.uniform(-0.8, 0.8, (1, 80, 3))), torch.tensor(rng.uniform(0.05, 0.4, 1))
+    true = random_pose(rng, 0.3)
+    start = RelativePose.of_rotation(torch.eye(3)[None].double())
+    free = directions(affine_only=True).double()
+    weights, damping = torch.ones(1, 80, 2).double(), torch.full((1, 6), 1e-6).double()
+    pose, _ = solve(points, project(points, true, rho), weights, start, rho, damping, free)
+    np.testing.assert_allclose(pose.R[0, 2].numpy(), [0, 0, 1], atol=1e-9)
+    assert abs(float(pose.log_scale)) > 0
+
+
+@settings(max_examples=50, deadline=None)
+@given(seeds)
+def test_priors_hold_after_refining(seed: int) -> None:
+    """Gravity stays where it is known to be, and nothing moves more than that needs."""
+    rng = np.random.default_rng(seed)
+    g_reference, g_query = (v / np.linalg.norm(v) for v in rng.normal(size=(2, 3)))
+    R = exp(rng.normal(size=3))
+    standing = constrained(R, "standing", g_reference, g_query)
+    np.testing.assert_allclose(standing @ g_reference, g_query, atol=1e-9)
+    least = np.arccos(np.clip(R @ g_reference @ g_query, -1, 1))
+    np.testing.assert_allclose(geodesic_distance(standing, R), least, atol=1e-6)
+    upright = constrained(R, "upright", g_reference, None)
+    down = upright @ g_reference
+    assert abs(down[0]) < 1e-9 and down[1] >= 0
+    np.testing.assert_allclose(upright[2], R[2], atol=1e-9)  # a roll, nothing else
+    assert constrained(R, "free", None, None) is R
+
+
+def test_a_rolled_crop_is_what_a_rolled_camera_sees() -> None:
+    """The sign of roll, which y down invites to get wrong; and its twist."""
+    rng = np.random.default_rng(0)
+    image = cv2.GaussianBlur(rng.integers(0, 255, (240, 320, 4), dtype=np.uint8), (0, 0), 4)
+    K_virtual = np.array([[300.0, 0, 47.5], [0, 300.0, 47.5], [0, 0, 1]])
+    straight = VirtualCamera(np.eye(3), K_virtual, 0.1)
+    K_image = np.array([[500.0, 0, 159.5], [0, 500.0, 119.5], [0, 0, 1]])
+    roll = 0.7
+    turn = exp(np.array([0.0, 0.0, roll]))
+    seen = look_through(image, K_image, VirtualCamera(turn, K_virtual, 0.1), 96)
+    made = rolled(look_through(image, K_image, straight, 96), roll)
+    middle = np.s_[20:76, 20:76]
+    assert np.abs(seen[middle].astype(float) - made[middle]).mean() < 3
+    assert twist(turn @ exp(np.array([0.3, -0.2, 0.0]))) == pytest.approx(roll)
+
+
+def test_depth_through_a_turned_camera_is_depth_along_its_axis() -> None:
+    """A wall seen from an angle: every cell's point lies on it."""
+    depth = np.full((240, 320), 2.0)
+    K_image = np.array([[300.0, 0, 159.5], [0, 300.0, 119.5], [0, 0, 1]])
+    turn = exp(np.array([0.1, -0.2, 0.3]))
+    camera = VirtualCamera(turn, np.array([[400.0, 0, 47.5], [0, 400.0, 47.5], [0, 0, 1]]), 0.1)
+    z = depth_through(depth, K_image, camera, 24).ravel()
+    rays = np.column_stack([cell_centres(24).numpy() * 0.9 * 48 / 400, np.ones(576)])
+    points = (rays * z[:, None]) @ turn
+    np.testing.assert_allclose(points[:, 2], 2.0, atol=1e-9)
+
+
+def test_a_mesh_object_is_found_more_exactly() -> None:
+    """The whole way: renders, templates, offsets, of objects and light that training never drew; soon enough, too."""
+    torch.set_num_threads(1)
+    estimator = PoseEstimator.from_pretrained(device="cpu", refinement="correspondence")
+    before, after, moved, took = [], [], [], []
+    for seed in (FIRST_UNSEEN_SEED + 2, FIRST_UNSEEN_SEED + 5):
+        mesh = procedural_object(seed).normalised()[0]
+        registered = estimator.register_mesh(mesh)
+        rng = np.random.default_rng(seed)
+        for _ in range(8):
+            R, t, K = random_camera(rng, level=False)
+            lighting = random_lighting(rng, R, random_finish(rng))
+            view = render(mesh, R, t, K, 640, 480, lighting=lighting)
+            query = estimator.look(Frame.from_arrays(view.rgb, view.mask, K))
+            template = estimator.match(query, registered)
+            begin = time.process_time()
+            pose = estimator.refine(query, registered, template)
+            took.append(time.process_time() - begin)
+            assert np.linalg.eigvalsh(pose.covariance).min() > 0
+            if geodesic_distance(template.R_camera_object, R) < np.radians(20):
+                before.append(np.degrees(geodesic_distance(template.R_camera_object, R)))
+                after.append(np.degrees(geodesic_distance(pose.R_camera_object, R)))
+                moved.append(np.linalg.norm(pose.t_camera_object - t) / np.linalg.norm(t))
+    assert len(before) >= 8
+    assert np.median(after) < 0.75 * np.median(before)
+    assert np.median(moved) < 0.02
+    assert np.median(took) < 0.3
+
+
+def test_what_is_learned_from_agrees_with_itself(tmp_path: Path) -> None:
+    """A cache rendered with depth: true poses bring true points to where the other view has that depth."""
+    from nope_ros.training.correspond import CorrespondenceTraining, GroupDataset, choose_pairs
+    from nope_ros.training.render_cache import main as render_cache
+
+    render_cache(["--procedural", "3", "--views", "16", "--depth", "--workers", "1", "--out", str(tmp_path)])
+    config = CorrespondenceTraining.model_validate(
+        {
+            "kind": "correspondence",
+            "data": {
+                "cache": str(tmp_path),
+                "objects_per_batch": 2,
+                "views_per_object": 3,
+                "mesh_share": 0.0,
+                "near_deg": 65,
+                "validation_share": 0.0,
+            },
+        }
+    )
+    batch = GroupDataset(config.data, None, 96, 0).batch(np.random.default_rng(0))
+    network = CorrespondenceNetwork(CorrespondenceConfig())
+    mask = torch.nn.functional.avg_pool2d((batch.crops.flatten(0, 1)[:, 3:] > 127).float(), 4)
+    truth = choose_pairs(batch, network.cells, config, np.random.default_rng(0), mask)
+    surface = truth.points[..., 2].isfinite()
+    assert truth.visible.sum() > 0.4 * surface.sum()
+    points = truth.points.nan_to_num(0)
+    weights = surface.float()[..., None].expand(-1, -1, 2)
+    pose = RelativePose.of_rotation(truth.pose.R)
+    rho = batch.rho.flatten()[truth.query]
+    for _ in range(5):
+        pose, _ = solve(
+            points, truth.targets.nan_to_num(0), weights, pose, rho, torch.full((len(rho), 6), 1e-4), torch.eye(6)
+        )
+    assert float((pose.shift - truth.pose.shift).abs().max()) < 1e-2
+
+
+def test_weights_say_how_they_came_about() -> None:
+    """Config and card, and a network small enough to ship."""
+    config = json.loads((CORRESPONDENCE_WEIGHTS / "config.json").read_text())
+    assert config["refiner"] == "correspondence" and config["training"]["steps"] > 0
+    assert (CORRESPONDENCE_WEIGHTS / "README.md").is_file()
+    assert (CORRESPONDENCE_WEIGHTS / "model.safetensors").stat().st_size < 16e6
+
+
+def test_an_untrained_network_moves_nothing() -> None:
+    """Until it has learned, and where a crop is empty, the hypothesis stays."""
+    network = CorrespondenceNetwork(CorrespondenceConfig()).eval()
+    crops = torch.full((2, 4, 96, 96), -1.0)
+    crops[0, 3, 20:70, 20:70] = 1.0
+    with torch.inference_mode():
+        views = network.view(crops, torch.tensor([0.1, 0.1]))
+        points, valid, coarse = network.points(views)
+        pose = RelativePose.of_rotation(torch.tensor(exp(np.array([[0.1, 0.2, 0.3]]))).float().expand(2, -1, -1))
+        step = network.step(points, valid, coarse, views, network.compare(coarse, views), pose, torch.ones(2))
+    assert not valid[1].any()
+    assert step.pose.R.isfinite().all() and step.log_sigma.isfinite().all()
+    torch.testing.assert_close(step.pose.R, pose.R, atol=1e-5, rtol=0)
