@@ -16,13 +16,25 @@ from nope_ros.evaluation.baselines import OURS
 from nope_ros.evaluation.evaluate import Report
 from nope_ros.evaluation.metrics import PairScore, reliability
 from nope_ros.evaluation.protocol import EvaluationSet, View
+from nope_ros.prior import PRIORS, Prior
 
 _COLOURS = {"free": "#d55e00", "upright": "#0072b2", "standing": "#009e73"}  # told apart by the colour-blind too
 _DPI = 110
 
 
-def write_pictures(report: Report, folder: Path, evaluation_set: EvaluationSet | None = None) -> list[Path]:
+def write_pictures(
+    report: Report,
+    folder: Path,
+    evaluation_set: EvaluationSet | None = None,
+    protocols: Sequence[Prior] = PRIORS,
+) -> list[Path]:
     """Draw ``reliability_<kind>.png`` and ``confidence_<kind>.png``, and ``examples_<kind>_<protocol>.png`` of the set.
+
+    Args:
+        report: what to draw.
+        folder: made if it is not there.
+        evaluation_set: where examples come from; without it there are none.
+        protocols: whose examples are drawn; each goes through the whole set once more.
 
     Returns:
         Their paths, none if nothing can be judged.
@@ -41,7 +53,7 @@ def write_pictures(report: Report, folder: Path, evaluation_set: EvaluationSet |
         draw(scores, report).savefig(path, dpi=_DPI)
         written.append(path)
     if evaluation_set is not None:
-        for prior, part in scores.items():
+        for prior, part in ((prior, scores[prior]) for prior in protocols if prior in scores):
             sheet = examples(part, evaluation_set)
             if sheet is not None:
                 path = folder / f"examples_{report.kind}_{prior}.png"

@@ -26,6 +26,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from nope_ros.evaluation.benchmark import BUSY
 from nope_ros.evaluation.protocol import EvaluationSet
 from nope_ros.frame import InputError
 from nope_ros.latent import find_weights, read_config
@@ -68,6 +69,11 @@ class Chapter:
     occlusion: float = 0.0
     ablations: bool = False
     shown: bool = True
+
+    @property
+    def exemplary(self) -> Prior:
+        """The protocol whose successes and failures are shown."""
+        return "upright" if "upright" in self.protocols else self.protocols[0]
 
 
 @dataclass(frozen=True)
@@ -156,7 +162,7 @@ def run_job(job: Job, folder: Path) -> str:
     report = Report.pooled(reports)
     if estimator is not None:
         shutil.rmtree(folder / job.name, ignore_errors=True)
-        write_pictures(report, folder / job.name, sets[0])
+        write_pictures(report, folder / job.name, sets[0] if job.tested.shown else None, (job.tested.exemplary,))
     unfinished = folder / f".{job.name}.{os.getpid()}"
     unfinished.write_text(json.dumps({"stamp": job.stamp, **report.to_dict()}, indent=1) + "\n", encoding="utf-8")
     unfinished.replace(folder / f"{job.name}.json")
@@ -425,6 +431,7 @@ def _speed(speed: dict[str, Any]) -> Iterator[str]:
     machine, ours, paper = speed["machine"], speed["ours"], speed["paper"]
     rates = ", ".join(f"{value:,.0f} GFLOP/s in {key}" for key, value in machine["product_gflops"].items())
     yield "## Speed\n"
+    busy = " The machine was not idle: times are too long, on both sides." if machine["load"] > BUSY else ""
     parameters = f"{paper['unet_parameters'] / 1e6:.0f} M"
     yield (
         f"`nope-ros benchmark` on {machine['device']}, {machine['threads']} thread(s), PyTorch {machine['torch']}, "
@@ -433,7 +440,7 @@ def _speed(speed: dict[str, Any]) -> Iterator[str]:
         f"template at a time; {paper['templates_timed']} templates were timed, {paper['templates']} are scaled from "
         "them. The limit of a step is its bytes at the rate of a large copy "
         f"({machine['copy_gigabytes_per_second']:.1f} GB/s here) or its operations at that of a large matrix product "
-        f"({rates}), whichever takes longer; below one, data came from a cache.\n"
+        f"({rates}), whichever takes longer; below one, data came from a cache.{busy}\n"
     )
 
     def cells(step: dict[str, Any] | None) -> list[str]:
@@ -537,8 +544,7 @@ def _published(sections: Sequence[Chapter], work: Path, out: Path) -> dict[str, 
         drawn = work / f"{tested.key}-{OURS_PART}"
         wanted = {kind: drawn / f"{kind}_{tested.kind}.png" for kind in ("reliability", "confidence")}
         if tested.shown:
-            prior = "upright" if "upright" in tested.protocols else tested.protocols[0]
-            wanted["examples"] = drawn / f"examples_{tested.kind}_{prior}.png"
+            wanted["examples"] = drawn / f"examples_{tested.kind}_{tested.exemplary}.png"
         for kind, path in wanted.items():
             if not path.is_file() or tested.key == "occluded":
                 continue
