@@ -160,6 +160,8 @@ def run_job(job: Job, folder: Path) -> str:
             )
         )
     report = Report.pooled(reports)
+    if weights is not None and not job.identity.startswith(_identity(weights)):
+        raise InputError(f"{weights} changed while it was evaluated; run the report again")
     if estimator is not None:
         shutil.rmtree(folder / job.name, ignore_errors=True)
         write_pictures(report, folder / job.name, sets[0] if job.tested.shown else None, (job.tested.exemplary,))
@@ -612,11 +614,13 @@ def run(given: argparse.Namespace) -> tuple[str, dict[str, dict[str, str]]]:
             console.print(f"left out: --{name.replace('_', '-')} was not given", style="yellow", highlight=False)
     weights = find_weights(given.predictor)
     seeds = tuple(given.seed or [0])
+    identity, training = _identity(weights), read_config(weights).training
+    told = ", ".join(f"{training[key]:g} {key}" for key in ("steps", "minutes") if key in training)
     make = partial(Job, count=given.procedural, seeds=seeds, device=given.device)
     jobs = []
     for tested in sections:
         job = partial(make, pairs=given.photo_pairs if tested.kind == "photos" else given.pairs)
-        ours = f"{_identity(weights)} {_code()}"
+        ours = f"{identity} {_code()}"
         jobs.append(job(tested, OURS_PART, str(weights), ours, refinement=given.refinement))
         if tested.occlusion:
             continue
@@ -630,11 +634,9 @@ def run(given: argparse.Namespace) -> tuple[str, dict[str, dict[str, str]]]:
     found = results(sorted(jobs, key=lambda one: cost[one.part]), given.work, given.workers)
     found = {one.name: found[one.name] for one in jobs}
     pictures = _published(sections, given.work, given.out)
-    training = read_config(weights).training
-    told = ", ".join(f"{training[key]:g} {key}" for key in ("steps", "minutes") if key in training)
     head = _HEAD.format(
         command=_command(given),
-        identity=_identity(weights),
+        identity=identity,
         training=f" ({told})" if told else "",
         seeds=", ".join(map(str, seeds)),
         pairs=given.pairs,
@@ -657,6 +659,7 @@ def _command(given: argparse.Namespace) -> str:
         "regression_weights",
         "unet_weights",
         "pairs",
+        "photo_pairs",
         "seed",
     ):
         value = getattr(given, name)
