@@ -33,6 +33,11 @@ from nope_ros.latent import find_weights, read_config
 from nope_ros.prior import PRIORS, Prior
 from nope_ros.refine import REFINEMENTS, Refinement
 
+_CREDITS = {
+    "pybullet_urdf_models": "Objects: `pybullet_urdf_models` (MIT; about 20 of them are from YCB, CC BY 4.0).",
+    "fruit": "Photographs: VierOrange/Voxel-Carving (MIT).",
+}
+
 FRUIT = ("green_apple", "mango")
 """Photographs of nearly round things, which are judged apart."""
 
@@ -58,6 +63,7 @@ class Chapter:
         occlusion: share of each query's box that is hidden.
         ablations: whether ours with parts removed is run too.
         shown: whether pictures of its objects may be published.
+        credit: whose objects these pictures show.
     """
 
     key: str
@@ -69,6 +75,7 @@ class Chapter:
     occlusion: float = 0.0
     ablations: bool = False
     shown: bool = True
+    credit: str = ""
 
     @property
     def exemplary(self) -> Prior:
@@ -339,6 +346,8 @@ def _section(
     ):
         if kind in pictures:
             yield f"![{text}]({pictures[kind]})\n"
+    if "examples" in pictures and tested.credit:
+        yield f"{tested.credit}\n"
     if ours["skipped"]:
         yield f"{len(ours['skipped'])} images could not be used: {'; '.join(ours['skipped'][:3])}\n"
     if tested.kind == "photos" and not tested.shown:
@@ -496,7 +505,10 @@ def chapters(meshes: Path | None, photos: Path | None, procedural: int) -> list[
         sets.append(Chapter("procedural", "Procedural objects that training never drew", "procedural"))
     if meshes is not None:
         folder = str(meshes)
-        sets.append(Chapter("meshes", "Scanned household objects, rendered", "meshes", folder, ablations=True))
+        credit = " ".join(text for name, text in _CREDITS.items() if (meshes / name).is_dir())
+        sets.append(
+            Chapter("meshes", "Scanned household objects, rendered", "meshes", folder, ablations=True, credit=credit)
+        )
         sets.append(
             Chapter(
                 "occluded",
@@ -516,7 +528,7 @@ def chapters(meshes: Path | None, photos: Path | None, procedural: int) -> list[
         if rest:
             sets.append(Chapter("photos", "Photographs", "photos", folder, rest, ablations=True, shown=False))
         if fruit:
-            sets.append(Chapter("fruit", "Photographs of fruit", "photos", folder, fruit))
+            sets.append(Chapter("fruit", "Photographs of fruit", "photos", folder, fruit, credit=_CREDITS["fruit"]))
     return sets
 
 
