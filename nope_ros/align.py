@@ -31,7 +31,7 @@ Array = NDArray[np.float64]
 GEOMETRY, APPEARANCE = 0.8, 0.2
 CYCLE_SCALE = 0.9
 """In shares of the object's extent (Sommer et al.)."""
-GATE = 0.59
+GATE = 0.72
 """Least score at which two objects are taken to be of one kind; see docs/video.md for how it was chosen."""
 _HYPOTHESES = 200
 _NEAR = 0.1  # of the extent: a distance at which two surfaces count as half equal

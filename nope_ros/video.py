@@ -427,7 +427,8 @@ def _without_outliers(views: list[View], refused: list[Refusal], given: bool) ->
     kept = []
     for index, view in enumerate(views):
         if beside[index].sum() >= 3:
-            share = float(detail[index] / np.median(detail[beside[index]]))
+            usual = float(np.median(detail[beside[index]]))
+            share = detail[index] / usual if np.isfinite(usual) else 1.0  # else they are too thin to tell
             if share < _BLURRED:
                 refused.append(Refusal(view.name, f"blurred: {share:.0%} of the detail of the frames next to it"))
                 continue
