@@ -152,7 +152,7 @@ class RegisteredObject:
             distribution,
             similarity,
             prior,
-            query.frame.touches_border,
+            query.frame,
         )
 
 
@@ -451,6 +451,7 @@ class PoseEstimator:
         K: Array | Camera,
         registered: RegisteredObject | None = None,
         *,
+        depth: NDArray[np.generic] | None = None,
         prior: Prior | None = None,
         gravity_camera: Array | None = None,
     ) -> PoseEstimate:
@@ -461,6 +462,7 @@ class PoseEstimator:
             mask: (H, W), anything above zero is the object.
             K: (3, 3) intrinsics of an undistorted image, or a Camera with distortion.
             registered: the object; the one registered last by default.
+            depth: (H, W) metres; gives the distance of an object whose scale is known.
             prior: what to assume (see ``nope_ros.prior``); by default the strongest that gravity allows.
             gravity_camera: (3,) direction of gravity (down) in camera axes.
 
@@ -470,7 +472,7 @@ class PoseEstimator:
         registered = registered or self._last
         if registered is None:
             raise InputError("no object is registered; call register() first")
-        frame = Frame.from_arrays(image, mask, K)
+        frame = Frame.from_arrays(image, mask, K, depth)
         return self.estimate_frame(frame, [registered], prior=prior, gravity_camera=gravity_camera)[0]
 
     def estimate_frame(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -26,6 +27,9 @@ _SATURATION = np.radians(60)
 # Errors have heavier tails than a Gaussian of their second moment: on held-out training objects its 90 % ellipsoid held
 # 80 to 86 % of them. Widened by this it holds 87 to 92 %, whatever the prior, refined or not.
 _TAILS = 1.3
+# With depth the centre is this share of the object's radius behind the surface that is seen, and that errs by so much
+# (on renders of objects seen from two sides; the share of the mask's box that is rim).
+_BEHIND, _BEHIND_SIGMA, _RIM = 0.5, 0.2, 0.06
 # Error of a mask's outline, pixels.
 _OUTLINE_SIGMA = 1.5
 
@@ -161,13 +165,31 @@ def distance_from_depth(frame: Frame, crop: Crop) -> float:
     Raises:
         InputError: if less than a tenth of the mask has depth.
     """
-    assert frame.depth is not None
-    y, x = np.nonzero(frame.mask & np.isfinite(frame.depth))
-    if len(y) < 0.1 * frame.mask.sum():
+    surface = surface_distance(frame, crop)
+    if surface is None:
         raise InputError("depth: less than a tenth of the mask has depth; register without depth or move the object")
-    rays = np.column_stack([x, y, np.ones(len(x))]) @ np.linalg.inv(frame.camera.K).T
-    along = (rays * frame.depth[y, x, None]) @ crop.R_virtual_camera[2]
-    return float(np.median(along) / (1 - 0.5 * crop.angular_radius))
+    return surface / (1 - _BEHIND * crop.angular_radius)
+
+
+def surface_distance(frame: Frame, crop: Crop) -> float | None:
+    """Median depth of the object's surface along the virtual camera's axis, metres; None where too little is known.
+
+    The mask's rim is left out: there depth cameras mix the object with what is behind it.
+    """
+    if frame.depth is None:
+        return None
+    x0, y0, x1, y1 = frame.bbox_xyxy
+    mask = frame.mask[y0:y1, x0:x1].astype(np.uint8)
+    rim = max(1, round(_RIM * min(x1 - x0, y1 - y0)))
+    inner = cv2.erode(mask, np.ones((2 * rim + 1, 2 * rim + 1), np.uint8), borderValue=0)
+    if inner.sum() < 0.2 * mask.sum():  # a thin object is all rim
+        inner = mask
+    depth = frame.depth[y0:y1, x0:x1]
+    y, x = np.nonzero((inner > 0) & np.isfinite(depth))
+    if len(y) < 0.1 * inner.sum():
+        return None
+    rays = np.column_stack([x + x0, y + y0, np.ones(len(x))]) @ np.linalg.inv(frame.camera.K).T
+    return float(np.median((rays * depth[y, x, None]) @ crop.R_virtual_camera[2]))
 
 
 def projective_distance(reference: ReferencePose, crop: Crop) -> float:
@@ -186,9 +208,12 @@ def pose_estimate(
     distribution: RotationDistribution,
     similarity: float,
     prior: Prior,
-    truncated: bool,
+    frame: Frame,
 ) -> PoseEstimate:
     """Put rotation, translation and their spread together.
+
+    Distance is that of the surface where the query has depth and the object's size is known in metres, else it follows
+    from how large the object looks.
 
     Args:
         object_id: the registered object's name.
@@ -197,7 +222,7 @@ def pose_estimate(
         distribution: over delta_R, in camera axes.
         similarity: see ``PoseEstimate``.
         prior: the one used.
-        truncated: whether the query's mask reaches the image border.
+        frame: the query's.
     """
     axis = crop.R_virtual_camera[2]
     distance = projective_distance(reference, crop)
@@ -209,6 +234,11 @@ def pose_estimate(
     radius_px = crop.angular_radius * crop.K_virtual[0, 0]
     outline = _OUTLINE_SIGMA / max(radius_px, 1.0)
     sigma_distance = distance * np.hypot(_SIZE_SIGMA * share, outline)
+    surface = surface_distance(frame, crop) if reference.metric else None
+    if surface is not None:
+        radius = reference.distance * reference.angular_radius
+        distance = surface + _BEHIND * radius
+        sigma_distance = _BEHIND_SIGMA * radius
     sigma_centre = distance * crop.angular_radius * np.hypot(_CENTRE_SIGMA * share, outline)
     along = np.outer(axis, axis)
     placed = place(
@@ -230,7 +260,7 @@ def pose_estimate(
         modes=placed.modes,
         similarity=similarity,
         prior=prior,
-        truncated=truncated,
+        truncated=frame.touches_border,
     )
 
 

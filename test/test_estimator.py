@@ -6,6 +6,7 @@ import signal
 import threading
 from dataclasses import replace
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -106,6 +107,28 @@ def test_scale_is_metric_when_a_length_is_known(estimator, given, distance):
     registered = estimator.register(*seen(), **given)
     assert registered.metric
     assert registered.reference.t_camera_object[2] == pytest.approx(distance, rel=0.08)
+
+
+def test_depth_gives_the_distance_of_every_frame(estimator):
+    registered = estimator.register(*seen(), reference_distance=8.0)
+    # Seen from where it looks smaller than it is: apparent size misleads, depth does not.
+    R, t = look_at(np.array([0.2, 1.0, 0.3])), np.array([0.6, -0.4, 9.0])
+    view = render(MESH, R, t, K, 320, 240, lighting=Lighting.uniform())
+    depth = view.depth.copy()
+    rim = view.mask & ~cv2.erode(view.mask.astype(np.uint8), np.ones((3, 3))).astype(bool)
+    depth[rim] += 20.0  # the wall behind, mixed in
+    depth[::3] = np.nan
+    by_size = estimator.estimate(view.rgb, view.mask, K, registered)
+    by_depth = estimator.estimate(view.rgb, view.mask, K, registered, depth=depth)
+    error = np.linalg.norm(by_depth.t_camera_object - t) / np.linalg.norm(t)
+    assert error < 0.05
+    assert by_depth.covariance[2, 2] < by_size.covariance[2, 2]
+    nothing = np.full(depth.shape, np.nan)
+    without = estimator.estimate(view.rgb, view.mask, K, registered, depth=nothing)
+    np.testing.assert_allclose(without.t_camera_object, by_size.t_camera_object)
+    # Where the unit is the reference distance, metres mean nothing.
+    unscaled = estimator.estimate(view.rgb, view.mask, K, estimator.register(*seen()), depth=depth)
+    assert not unscaled.metric and np.linalg.norm(unscaled.t_camera_object) < 3
 
 
 def test_without_a_length_the_reference_distance_is_the_unit(estimator):

@@ -118,12 +118,12 @@ def estimate(
         complain("mask: no pixel is set, nothing is in view")
         return Result(header, image, camera.without_distortion(), ())
     # The whole mask as one object: checks and undistorts the image once for all instances.
-    whole = Frame.from_arrays(image, ids, camera)
+    whole = Frame.from_arrays(image, ids, camera, depth_of(match, image.shape[:2], complain))
     ids = camera.undistort(ids, cv2.INTER_NEAREST).astype(np.uint16)
     instances, frames = [], []
     for instance in messages.instances(ids, settings.max_instances):
         try:
-            frame = Frame(whole.image, ids == instance, whole.camera)
+            frame = Frame(whole.image, ids == instance, whole.camera, whole.depth)
         except InputError as error:
             complain(f"{error} (instance {instance})")
             continue
@@ -152,6 +152,24 @@ def estimate(
         pose = refined(query, registered, pose, estimator, settings, complain)
         seen.append(Seen(instances[row], frames[row].mask, registered, pose))
     return Result(header, whole.image, whole.camera, tuple(seen))
+
+
+def depth_of(match: Match, shape: tuple[int, ...], complain: Complain) -> NDArray[np.float32] | None:
+    """The frame's depth (H, W), metres, or None, after a complaint where what came can't be used."""
+    if match.depth is None:
+        return None
+    try:
+        depth = messages.depth_array(match.depth)
+    except InputError as error:
+        complain(f"{error}; going on without depth")
+        return None
+    if depth.shape != shape:
+        complain(
+            f"depth: size {depth.shape[1]}x{depth.shape[0]} differs from the image's {shape[1]}x{shape[0]}; publish "
+            "depth registered to the image; going on without depth"
+        )
+        return None
+    return depth
 
 
 def gravity_at(gravity: Gravity, frame_id: str, stamp: int, complain: Complain) -> Array | None:

@@ -56,7 +56,10 @@ MASK = Endpoint(
     "mono8 (above 0: the object) or 8UC1/16UC1 instance ids; stamped as its image, may come seconds later",
 )
 DEPTH = Endpoint(
-    "depth", Image, "in", "optional, aligned with the image: 32FC1 m or 16UC1 mm; gives metric scale at registration"
+    "depth",
+    Image,
+    "in",
+    "optional, aligned with the image: 32FC1 m or 16UC1 mm; gives scale at registration, and distance in every frame",
 )
 IMU = Endpoint("<gravity.imu_topic>", Imu, "in", "its accelerometer tells gravity, if the parameter names it")
 TF = Endpoint(
