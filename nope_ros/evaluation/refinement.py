@@ -232,7 +232,10 @@ below their grid already: it moves poses by a degree or two, and on average not 
 predictors whose grid is coarse; the node's default is `none`.
 
 Tracking is another matter: with the camera's motion known (`tracking.fixed_frame`) views from several sides add up.
-Without it, it only keeps a symmetric object from flipping. Each run starts a third of the sequence away from its
+Most is gained where single frames are often wrong (dino). Where they are right
+within the grid's spacing and the steps are small (the bundled sequence under *free* and *upright*), moving belief from
+grid to grid blurs more than averaging gains: fewer wrong answers, a median 1 to 2° worse. Without the motion, tracking
+only keeps an answer from jumping. Each run starts a third of the sequence away from its
 reference and goes once around, so most starts are guesses. A sequence has no clock of its own; ten frames a second
 are assumed.
 """
