@@ -420,6 +420,11 @@ def _without_outliers(views: list[View], refused: list[Refusal], given: bool) ->
         # What detail there is to see changes less from side to side than the outline does: the nearest will do.
         beside = near | (cosine >= -np.sort(-cosine, axis=1)[:, [min(_NEIGHBOURS, count - 1)]])
         centres = np.stack([-_pose(view)[0].T @ _pose(view)[1] for view in views])
+        if np.ptp(centres, axis=0).max() < 1e-9:
+            raise InputError(
+                "poses: all cameras are at one place, so where the object is stays open; choose a fixed frame in "
+                "which the camera moves, or leave the poses out"
+            )
         middle = meeting_point(centres, forward)[0]
         size = size * np.linalg.norm(centres - middle, axis=1)
     beside, near = (one & ~np.eye(count, dtype=bool) for one in (beside, near))
@@ -476,7 +481,7 @@ def _met(views: list[View], rotations: Array, refused: list[Refusal]) -> tuple[l
     point, distances = meeting_point(centres, directions)
     along = np.einsum("ni,ni->n", point - centres, directions)
     radius = float(np.median(along * [view.crop.angular_radius for view in views]))
-    if radius <= 0 or np.ptp(centres, axis=0).max() < 1e-9:
+    if radius <= 0:
         raise InputError(
             "poses: the cameras do not look at one point in front of them; the object must stand still in the frame of "
             "the poses, and poses be x_camera = R x_fixed + t"

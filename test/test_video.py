@@ -167,6 +167,8 @@ def test_poses_that_look_elsewhere_are_refused(estimator, frames):
     inverted = [(R.T, -R.T @ t) for R, t in poses]
     with pytest.raises(InputError, match="poses"):
         estimator.register_views(frames, poses=inverted)
+    with pytest.raises(InputError, match="at one place"):
+        estimator.register_views(frames, poses=[(R, np.zeros(3)) for R, _ in poses])
     with pytest.raises(InputError, match="poses: 3 given for 10 frames"):
         estimator.register_views(frames, poses=poses[:3])
 
