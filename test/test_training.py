@@ -146,8 +146,14 @@ def test_the_autoencoder_stands_still_while_the_unet_learns(cache, tmp_path):
     for key, value in before.items():
         torch.testing.assert_close(after[f"learner.network.vae.{key}"], value)
         torch.testing.assert_close(after[f"average.module.network.vae.{key}"], value)
-    scale = json.loads((tmp_path / "weights" / "config.json").read_text())["network"]["scaling_factor"]
+    config = tmp_path / "weights" / "config.json"
+    scale = json.loads(config.read_text())["network"]["scaling_factor"]
     assert scale != 1.0
+    # Also where the training goes on with a larger budget.
+    run("paper_unet", cache, tmp_path, 12)
+    again = load_file(tmp_path / "autoencoder" / "weights" / "diffusion_pytorch_model.safetensors")
+    assert all(again[key].equal(value) for key, value in before.items())
+    assert json.loads(config.read_text())["network"]["scaling_factor"] == scale
 
 
 def test_names_in_checkpoints_stay(cache, tmp_path):

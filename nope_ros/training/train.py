@@ -102,12 +102,16 @@ def train(config_path: Path, out: Path, overrides: dict[str, object] | None = No
         paper_config = PaperUNetConfig(**sizes)  # type: ignore[arg-type]
         share, autoencoder = config.autoencoder_share, None
         if not paper_config.vae:
-            _run(AutoencoderLearner(paper_config), config, out / "autoencoder", share)
+            # Once the U-Net has begun, its latents stand still, also where the budget is raised.
+            if not (out / CHECKPOINT).exists():
+                _run(AutoencoderLearner(paper_config), config, out / "autoencoder", share)
             autoencoder = out / "autoencoder" / WEIGHTS
         torch.manual_seed(config.seed)  # whether or not the autoencoder was trained just now
         learner = PaperUNetLearner(paper_config, autoencoder, config.distance)
         _run(learner, config, out, 1 if autoencoder is None else 1 - share)
 
+
+CHECKPOINT = "checkpoint.safetensors"
 
 WEIGHTS = "weights"
 """Folder, in that of a training, of what it gives."""
@@ -141,7 +145,7 @@ def _run(bare: Learner, config: TrainingConfig, out: Path, share_of_budget: floa
     bare.to(accelerator.device).prepare(dataset, validation)
     average = AveragedModel(bare, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)
     step, spent = 0, 0.0
-    checkpoint = out / "checkpoint.safetensors"
+    checkpoint = out / CHECKPOINT
     if checkpoint.exists():
         step, spent = _load(checkpoint, bare, average, optimizer)
         print(f"{out}: resumed after {step} steps, {spent / 60:.1f} minutes")
