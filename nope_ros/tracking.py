@@ -132,6 +132,8 @@ class Tracker:
             fused = alone
         else:
             fixed = R_fixed_camera is not None and before.R_fixed_camera is not None
+            if not fixed:  # a fast camera turns far between frames, and nobody tells how far
+                seconds = max(seconds, _FRAME_TIME)
             carried, around = _carried(before, query, alone, seconds, R_fixed_camera)
             if carried is None:
                 carried = before.probabilities
