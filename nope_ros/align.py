@@ -21,7 +21,7 @@ from nope_ros.frame import InputError
 from nope_ros.harmonics import spherical_harmonics, wigner_d
 from nope_ros.latent import RotatedLatentPredictor
 from nope_ros.match import common_latents, free_turns
-from nope_ros.models.rotated_latent import correlation, flatten_d
+from nope_ros.models.rotated_latent import as_template, correlation, flatten_d
 from nope_ros.prior import free_rotations
 from nope_ros.rotations import exp
 from nope_ros.video import HULL_DIRECTIONS
@@ -48,7 +48,7 @@ class Alignment:
         geometry: 0..1, how well the surfaces fit.
         appearance: −1..1, how alike the features of places that lie on each other are.
         score: 0.8 geometry + 0.2 appearance.
-        correlation: −1..1, cosine of the two latents after R.
+        correlation: what the two latents say of R, over what each says of itself: 1 for the same object.
         accepted: whether the score reaches the gate.
     """
 
@@ -139,7 +139,7 @@ def align_surfaces(a: Surface, b: Surface, *, cycles: bool = True, gate: float =
         found = _umeyama(b.points[four], a.points[to_a[four]])
         if found is not None and 0.5 < found[0] * b.extent / a.extent < 2:
             candidates.append(found)
-    both = correlation(a.latent[None], b.latent[None])[0] / (a.latent.norm() * b.latent.norm())
+    both = correlation(a.latent[None], b.latent[None])[0] / (_self_product(a) * _self_product(b)) ** 0.5
 
     def cosines(rotations: Array) -> Array:
         turned = flatten_d(wigner_d(torch.tensor(rotations, dtype=torch.float32), _bandwidth(a)))
@@ -163,6 +163,10 @@ def align_surfaces(a: Surface, b: Surface, *, cycles: bool = True, gate: float =
     score, geometry, appearance = judge(*best)
     cosine = float(cosines(best[1][None])[0])
     return Alignment(*best, geometry, appearance, score, cosine, score >= gate)
+
+
+def _self_product(surface: Surface) -> float:
+    return max(float((surface.latent * as_template(surface.latent)).sum()), 1e-12)
 
 
 def _bandwidth(surface: Surface) -> int:
