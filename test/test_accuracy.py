@@ -51,7 +51,10 @@ def test_bundled_sequence_without_gravity_still_beats_guessing(estimator):
     assert confidence[wrong].mean() < confidence[~wrong].mean(), "unsure where it errs"
 
 
-@pytest.mark.parametrize("name, degrees, relative", [("ferrari", 12, 0.03), ("mango", 6, 0.06), ("earpods_case", 10, 0.08), ("scotch_box", 6, 0.1)])
+@pytest.mark.parametrize(
+    "name, degrees, relative",
+    [("ferrari", 12, 0.03), ("mango", 6, 0.06), ("earpods_case", 10, 0.08), ("scotch_box", 6, 0.1)],
+)
 def test_photographs(estimator, name, degrees, relative):
     if not (PHOTOGRAPHS / name).is_dir():
         pytest.skip(f"no photographs of {name} beside the checkout (../shared/data/real)")
