@@ -1,7 +1,7 @@
 """What is installed, what works, what arrives, and what to do about the rest.
 
 nope-ros doctor                 # this machine, the model, the store; with ROS, the running node and its topics
-nope-ros doctor --image /camera/color/image_raw --camera-info /camera/color/camera_info --mask /segmentation/mask
+nope-ros doctor --image-topic /camera/image_raw --camera-info-topic /camera/camera_info --mask-topic /segmentation/mask
 """
 
 from __future__ import annotations
@@ -350,7 +350,7 @@ def listen(given: argparse.Namespace) -> Iterator[Finding]:
         yield from _node(node, given.node)
         names = _inputs(node, given)
         if isinstance(names, str):
-            yield Finding("warning", names, "name them with --image, --camera-info and --mask")
+            yield Finding("warning", names, "name them with --image-topic, --camera-info-topic and --mask-topic")
             return
         heard = _hear(node, names, given.seconds)
         yield from judge(heard, given.seconds, node.get_clock().now().nanoseconds)
@@ -415,7 +415,7 @@ def _inputs(node: Node, given: argparse.Namespace) -> dict[str, tuple[str, str]]
     except RuntimeError:  # rclpy's NodeNameNonExistentError
         listened = {}
     own = {name: kinds[0] for name, kinds in listened.items()}
-    wanted = Topics(given.image, given.mask, given.camera_info)
+    wanted = Topics(given.image_topic, given.mask_topic, given.camera_info_topic)
     for names in (wanted.image, wanted.mask, wanted.camera_info):
         if names and names not in known:
             known[names] = IMAGE_TYPE if names != wanted.camera_info else CAMERA_INFO_TYPE
@@ -485,7 +485,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--node", default="/nope", help="name of the node (%(default)s)")
     for name in ("image", "camera-info", "mask"):
-        parser.add_argument(f"--{name}", default="", help="topic; by default what the node subscribes to")
+        parser.add_argument(f"--{name}-topic", default="", help="topic; by default what the node subscribes to")
     parser.add_argument("--seconds", type=float, default=5.0, help="how long to listen (%(default)s)")
     parser.add_argument("--no-live", action="store_true", help="leave the running node and its topics alone")
     given = parser.parse_args(arguments)
