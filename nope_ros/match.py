@@ -153,15 +153,22 @@ class TemplateBank:
 
         log p(ΔR) = −‖F(e_r, ΔR) − e_q‖² / 2T + const (NOPE, Eq. 4, whose minus sign the paper drops).
         """
-        products = torch.mv(self.templates, latent.to(self.templates.dtype)).float()
+        products = self._products(latent)
         log_likelihood = (products - 0.5 * self.squared_norms) / temperature
-        return Match(log_likelihood.double().cpu().numpy(), self.similarity(latent))
+        known = self.identities is not None
+        similarity = self.similarity(latent) if known else self._nearest(latent, products)
+        return Match(log_likelihood.double().cpu().numpy(), similarity)
 
     def similarity(self, latent: Tensor) -> float:
         """See ``Bank.similarity``."""
         if self.identities is not None:
             return _likeness(latent[: self.identities.shape[1]], self.identities)
-        products = torch.mv(self.templates, latent.to(self.templates.dtype)).float()
+        return self._nearest(latent, self._products(latent))
+
+    def _products(self, latent: Tensor) -> Tensor:
+        return torch.mv(self.templates, latent.to(self.templates.dtype)).float()
+
+    def _nearest(self, latent: Tensor, products: Tensor) -> float:
         norms = (self.squared_norms * latent.float().square().sum()).sqrt().clamp(min=1e-12)
         return float((products / norms).max())
 
@@ -270,6 +277,5 @@ def _turns(rotations: Array, bandwidth: int, device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=4)
 def free_turns(bandwidth: int, device: torch.device) -> Tensor:
-    """The flattened D (4608, Σ(2l+1)²) of ``free_rotations``, computed once."""
     """The flattened D (N, Σ(2l+1)²) of the free grid: the same for every object, and kept."""
     return _turns(free_rotations(), bandwidth, device)

@@ -39,7 +39,7 @@ from nope_ros.rotations import exp, twist
 from nope_ros.training.augment import AugmentationConfig, training_view
 from nope_ros.training.muon import Muon
 from nope_ros.training.pairs import DataConfig, PairDataset
-from nope_ros.training.train import _load, _save
+from nope_ros.training.train import _load, _log, _save
 
 Array = NDArray[np.float64]
 
@@ -454,9 +454,3 @@ def _train_mode(network: CorrespondenceNetwork) -> None:
     # The trunk's statistics are those of its own, longer training.
     network.train()
     network.trunk.eval()
-
-
-def _log(folder: Path, row: dict[str, float]) -> None:
-    with (folder / "log.jsonl").open("a") as file:
-        file.write(json.dumps({key: round(value, 5) for key, value in row.items()}) + "\n")
-    print("  ".join(f"{key} {value:.4g}" for key, value in row.items()), flush=True)
