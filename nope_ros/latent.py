@@ -22,11 +22,11 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, Self, runtime_checkable
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ from nope_ros.crop import Crop
 from nope_ros.frame import InputError
 from nope_ros.harmonics import rotate, wigner_d
 from nope_ros.models.rotated_latent import RotatedLatentConfig, RotatedLatentNetwork, as_template
+from nope_ros.prior import PRIORS, Prior
 
 if TYPE_CHECKING:  # diffusers takes seconds to import; who uses the rotated latent need not wait
     from nope_ros.models.paper_unet import PaperUNet
@@ -54,6 +55,30 @@ class WeightsError(InputError):
     """Weights that cannot be used: the message says which file, what is wrong with it, and what to do."""
 
 
+class ErrorModel(BaseModel):
+    """How errors stand to what distributions say; ``nope_ros.training.calibrate`` fits it on held-out objects.
+
+    Attributes:
+        spread: for each prior, the factor on a distribution's second moment with which its 90 % ellipsoid holds 90 % of
+            errors: their tails are not a Gaussian's.
+        independent_deg: views this far apart, degrees around the object, err independently.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    spread: dict[Prior, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(
+        default_factory=lambda: dict.fromkeys(PRIORS, 1.3)
+    )
+    independent_deg: float = Field(default=60.0, gt=0, allow_inf_nan=False)
+
+    @field_validator("spread")
+    @classmethod
+    def _of_every_prior(cls, spread: dict[Prior, float]) -> dict[Prior, float]:
+        if set(spread) != set(PRIORS):
+            raise ValueError(f"gives {', '.join(spread) or 'nothing'}; needed: {', '.join(PRIORS)}")
+        return spread
+
+
 class PredictorConfig(BaseModel):
     """What ``config.json`` holds.
 
@@ -63,6 +88,7 @@ class PredictorConfig(BaseModel):
         name: shown to users (diagnostics, summary.json).
         network: sizes of the network, see ``RotatedLatentConfig`` and ``PaperUNetConfig``.
         temperature: of the likelihood; fitted on validation objects of the training side.
+        errors: how wide errors are, fitted there too.
         licence: of the weights, an SPDX identifier.
         training: how the weights came about (data, seed, steps); for readers only.
     """
@@ -74,6 +100,7 @@ class PredictorConfig(BaseModel):
     name: str = Field(min_length=1, max_length=200)
     network: dict[str, Any]
     temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    errors: ErrorModel = Field(default_factory=ErrorModel)
     licence: str = "Apache-2.0"
     training: dict[str, Any] = Field(default_factory=dict)
 
@@ -88,6 +115,7 @@ class Predictor(Protocol):
         crop_size: side of the crops that ``encode`` takes, pixels.
         device: where latents live.
         temperature: of the likelihood.
+        errors: how wide errors are.
         latent_shape: what the D numbers of a latent are.
     """
 
@@ -95,6 +123,7 @@ class Predictor(Protocol):
     crop_size: int
     device: torch.device
     temperature: float
+    errors: ErrorModel
 
     @property
     def identity(self) -> str:
@@ -163,6 +192,7 @@ class NetworkPredictor(ABC):
         network: with its weights.
         name: shown to users.
         temperature: of the likelihood.
+        errors: how wide errors are.
         device: "auto", or a device.
         dtype: precision of the network's arithmetic (latents are float32 always); None is the fastest that is safe.
         batch_size: most crops or rotations that go through the network at once; bounds memory, does not change results.
@@ -180,6 +210,7 @@ class NetworkPredictor(ABC):
         *,
         name: str = "unnamed",
         temperature: float = 1.0,
+        errors: ErrorModel | None = None,
         device: str | torch.device = "auto",
         dtype: torch.dtype | None = None,
         batch_size: int | None = None,
@@ -190,6 +221,7 @@ class NetworkPredictor(ABC):
             raise InputError(f"batch_size: {batch_size} is not positive")
         self.name = name
         self.temperature = temperature
+        self.errors = errors or ErrorModel()
         self.licence = licence
         self.training = training or {}
         self.device = resolve_device(device)
@@ -281,6 +313,7 @@ class NetworkPredictor(ABC):
             name=self.name,
             network=self._network_config(),
             temperature=self.temperature,
+            errors=self.errors,
             licence=self.licence,
             training=self.training,
         )
@@ -329,6 +362,7 @@ class NetworkPredictor(ABC):
             network,
             name=config.name,
             temperature=config.temperature,
+            errors=config.errors,
             device=device,
             dtype=dtype,
             batch_size=batch_size,

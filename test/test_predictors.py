@@ -17,6 +17,7 @@ from nope_ros.frame import InputError
 from nope_ros.latent import (
     CONFIG_FILE,
     WEIGHTS_FILE,
+    ErrorModel,
     NetworkPredictor,
     PaperUNetPredictor,
     Predictor,
@@ -274,6 +275,16 @@ def test_round_trip(predictor: NetworkPredictor, saved: Path) -> None:
     assert torch.equal(loaded.encode(_crops(1)), latents)
     assert torch.equal(loaded.predict(latents[0], _rotations(3)), predictor.predict(latents[0], _rotations(3)))
     assert sorted(path.name for path in saved.iterdir()) == [CONFIG_FILE, WEIGHTS_FILE]
+
+
+def test_folders_from_before_errors_were_fitted_are_read(saved: Path) -> None:
+    config = json.loads((saved / CONFIG_FILE).read_text())
+    assert set(config.pop("errors")["spread"]) == {"free", "upright", "standing"}
+    (saved / CONFIG_FILE).write_text(json.dumps(config))
+    assert load_predictor(saved, device="cpu").errors == ErrorModel()
+    _change(saved / CONFIG_FILE, errors={"spread": {"free": 1.0}})
+    with pytest.raises(WeightsError, match="needed: free, upright, standing"):
+        load_predictor(saved, device="cpu")
 
 
 def test_identity_tells_other_weights(predictor: NetworkPredictor, saved: Path) -> None:

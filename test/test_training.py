@@ -7,7 +7,9 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from torch.optim.swa_utils import AveragedModel
 
+from nope_ros.cli import main
 from nope_ros.latent import PaperUNetPredictor, RotatedLatentPredictor, load_predictor
 from nope_ros.models.rotation_regression import RotationRegression, rotation_from_6d
 from nope_ros.training import train as module
@@ -130,6 +132,34 @@ def test_weights_load(kind, cache, tmp_path):
     size = predictor.crop_size
     latent = predictor.encode_pixels(torch.randint(0, 256, (1, 4, size, size), dtype=torch.uint8))
     assert predictor.predict(latent[0], torch.eye(3)[None]).isfinite().all()
+
+
+def test_words_of_the_command_come_in_any_order(cache, tmp_path):
+    run("rotated_latent", cache, tmp_path, 1)
+    again = tmp_path / "again"
+    assert main(["train", str(tmp_path / "config.yaml"), "--out", str(again), "seed=3", "budget_steps=2"]) == 0
+    assert json.loads((again / "weights" / "config.json").read_text())["training"]["steps"] == 2
+
+
+def test_regression_takes_over_the_rotated_latents_encoder(cache, tmp_path):
+    run("rotated_latent", cache, tmp_path / "ours", 1)
+    weights = tmp_path / "ours" / "weights"
+    run("regression", cache, tmp_path / "theirs", 1, start=str(weights), learning_rate=1e-9, weight_decay=0.0)
+    ours = load_predictor(weights, device="cpu").network.encode3[1].conv2.weight
+    theirs = RotationRegression.from_pretrained(tmp_path / "theirs" / "weights").encoder[10].conv2.weight
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-3)
+
+
+def test_a_short_run_forgets_its_random_beginning():
+    model = torch.nn.Linear(1, 1)
+    average = AveragedModel(model, multi_avg_fn=module.moving_average(0.998))
+    with torch.no_grad():
+        model.weight.fill_(7.0)
+        average.update_parameters(model)  # the first is copied
+        model.weight.fill_(1.0)
+        for _ in range(60):
+            average.update_parameters(model)
+    assert average.module.weight.item() == pytest.approx(1.0, abs=0.05)
 
 
 def test_a_finished_training_is_not_repeated(cache, tmp_path):

@@ -267,3 +267,33 @@ def correlation(latents_query: Tensor, latents_reference: Tensor) -> Tensor:
 def flatten_d(D: list[Tensor]) -> Tensor:
     """D_l blocks (N, 2l+1, 2l+1) side by side: (N, Σ(2l+1)²)."""
     return torch.cat([block.flatten(1) for block in D], dim=1)
+
+
+def turn_harmonics(harmonics: Tensor, R: Tensor) -> Tensor:
+    """A function of rotations carried along by a turn R (3, 3) on the left: f(X) becomes f(Rᵀ X), exactly.
+
+    Args:
+        harmonics: (Σ(2l+1)²,) coefficients of the flattened D, as ``correlation`` gives them.
+        R: the turn.
+    """
+    parts, first = [], 0
+    for block in wigner_d(R[None].to(harmonics), bandwidth_of(len(harmonics))):
+        size = block.shape[-1]
+        parts.append((block[0] @ harmonics[first : first + size**2].reshape(size, size)).flatten())
+        first += size**2
+    return torch.cat(parts)
+
+
+def blur_harmonics(harmonics: Tensor, angle: float) -> Tensor:
+    """The same function after a random walk of rotations by ``angle``, radians (standard deviation about each axis)."""
+    sizes = [2 * degree + 1 for degree in range(bandwidth_of(len(harmonics)) + 1)]
+    kept = [np.full(size**2, np.exp(-(size**2 - 1) * angle**2 / 8)) for size in sizes]  # l(l+1)/2 = ((2l+1)²−1)/8
+    return harmonics * torch.from_numpy(np.concatenate(kept)).to(harmonics)
+
+
+def bandwidth_of(count: int) -> int:
+    """L of harmonics of rotations that are so many: Σ(2l+1)² = (L+1)(2L+1)(2L+3)/3."""
+    bandwidth = 0
+    while (bandwidth + 1) * (2 * bandwidth + 1) * (2 * bandwidth + 3) // 3 < count:
+        bandwidth += 1
+    return bandwidth

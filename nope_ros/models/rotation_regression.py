@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nope_ros.frame import InputError
-from nope_ros.models.rotated_latent import ResidualBlock, downsample
+from nope_ros.models.rotated_latent import CropUNet, ResidualBlock, downsample
 
 KIND = "regression"
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
@@ -71,6 +71,13 @@ class RotationRegression(nn.Module):
         nn.init.normal_(self.out.weight, std=0.01)
         with torch.no_grad():
             self.out.bias.copy_(torch.tensor([1.0, 0, 0, 0, 1, 0]))
+
+    def start_from(self, trained: CropUNet) -> None:
+        """Take over the layers that the encoder shares with a trained one of the same widths."""
+        layers = nn.Sequential(
+            *trained.stem, *trained.encode1, trained.down2, *trained.encode2, trained.down3, *list(trained.encode3)[:2]
+        )
+        self.encoder.load_state_dict(layers.state_dict())
 
     def features(self, crops: Tensor) -> Tensor:
         """What the encoder keeps of crops (B, 4, S, S): (B, C, S/16, S/16)."""

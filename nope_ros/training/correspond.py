@@ -17,13 +17,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
-from matplotlib.figure import Figure
 from numpy.random import Generator
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from nope_ros.correspondence import CorrespondenceWeights
@@ -37,11 +36,18 @@ from nope_ros.models.correspondence import (
 )
 from nope_ros.rotations import exp, twist
 from nope_ros.training.augment import AugmentationConfig, training_view
+from nope_ros.training.learners import Curves
 from nope_ros.training.muon import Muon
 from nope_ros.training.pairs import DataConfig, PairDataset
-from nope_ros.training.train import _load, _log, _save
+from nope_ros.training.train import _load, _log, _save, moving_average, plot
 
 Array = NDArray[np.float64]
+
+CURVES = Curves(
+    "loss",
+    {"start": "hypothesis", "known1": "depth known", "error1": "depth predicted"},
+    "held out: median rotation error, °",
+)
 
 
 class CorrespondenceTraining(BaseModel):
@@ -364,7 +370,7 @@ def train(config_path: Path, out: Path, overrides: dict[str, object] | None = No
         ],
         lr=config.learning_rate,
     )
-    average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)
+    average = AveragedModel(network, multi_avg_fn=moving_average(config.ema_decay), use_buffers=True)
     step, spent = 0, 0.0
     checkpoint = out / "checkpoint.safetensors"
     if checkpoint.exists():
@@ -413,7 +419,7 @@ def train(config_path: Path, out: Path, overrides: dict[str, object] | None = No
             _train_mode(network)
             _log(out, {"step": step, "minutes": spent / 60, **{f"val_{key}": value for key, value in row.items()}})
             last = time.monotonic()  # validation is not training time
-            plot(out)
+            plot(out, CURVES)
         if done:
             break
     finished = average.module
@@ -430,24 +436,6 @@ def export(network: CorrespondenceNetwork, training: dict[str, object], folder: 
     sizes = {key: list(value) if isinstance(value, tuple) else value for key, value in network.config.to_dict().items()}
     weights = CorrespondenceWeights(network=sizes, training=training)
     (folder / CONFIG_FILE).write_text(json.dumps(weights.model_dump(), indent=2) + "\n", encoding="utf-8")
-
-
-def plot(folder: Path) -> None:
-    """Draw the log's curves into ``loss.png``."""
-    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    training = [row for row in rows if "loss" in row]
-    held_out = [row for row in rows if "val_loss" in row]
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    left.plot([row["minutes"] for row in training], [row["loss"] for row in training], label="training", linewidth=1)
-    left.plot([row["minutes"] for row in held_out], [row["val_loss"] for row in held_out], "o-", label="held out")
-    left.set(xlabel="minutes", title="loss")
-    left.legend()
-    for key, name in (("start", "hypothesis"), ("known1", "depth known"), ("error1", "depth predicted")):
-        right.plot([row["minutes"] for row in held_out], [row[f"val_{key}"] for row in held_out], "o-", label=name)
-    right.set(xlabel="minutes", title="held out: median rotation error, °", ylim=(0, None))
-    right.legend()
-    figure.savefig(folder / "loss.png", dpi=100)
 
 
 def _train_mode(network: CorrespondenceNetwork) -> None:

@@ -47,12 +47,12 @@ class Curves:
 
     Attributes:
         loss: its name and unit.
-        figure: the key of ``Learner.validate`` that is drawn beside it.
-        title: what that is.
+        figures: keys of what validation says that are drawn beside it, and their names.
+        title: what they are.
     """
 
     loss: str
-    figure: str
+    figures: dict[str, str]
     title: str
 
 
@@ -150,7 +150,7 @@ class RotatedLatentLearner(Learner):
 
     curves = Curves(
         "negative log-likelihood, nats against knowing the prior",
-        "upright_acc30_within_90",
+        {"upright_acc30_within_90": "Acc30"},
         "held out, upright, within 90°: Acc30, %",
     )
 
@@ -289,12 +289,19 @@ def samples_angle(samples: Candidates) -> NDArray[np.float64]:
 class RegressionLearner(Learner):
     """The rotation itself, by the Frobenius distance to the true one; see ``nope_ros.models.rotation_regression``."""
 
-    curves = Curves("Frobenius distance of rotations", "acc30_within_90", "held out, within 90°: Acc30, %")
+    curves = Curves("Frobenius distance of rotations", {"acc30_within_90": "Acc30"}, "held out, within 90°: Acc30, %")
 
     def __init__(self, config: RotationRegressionConfig) -> None:
         super().__init__()
         self.network = RotationRegression(config)
         self.crop_size = config.crop_size
+
+    def start_from(self, folder: Path) -> None:
+        """The encoder of a rotated latent: the comparison is then of what is done with the same features."""
+        found = load_predictor(folder, device="cpu")
+        if not isinstance(found, RotatedLatentPredictor):
+            raise WeightsError(f"start: {folder} holds '{found.name}'; a rotated latent's encoder can be taken over")
+        self.network.start_from(found.network)
 
     def forward(self, batch: Batch, number: int) -> Tensor:
         """The mean over all pairs, not squared: of several answers that fit, the median and not the middle."""
@@ -334,7 +341,7 @@ class RegressionLearner(Learner):
 class AutoencoderLearner(Learner):
     """The autoencoder in whose latents the paper's U-Net predicts; Stable Diffusion's in the paper."""
 
-    curves = Curves("L1 of the reconstruction (−1..1), and divergence", "loss", "held out: the same")
+    curves = Curves("L1 of the reconstruction (−1..1), and divergence", {"loss": "loss"}, "held out: the same")
     memory_format = torch.contiguous_format
 
     def __init__(self, config: PaperUNetConfig) -> None:
@@ -370,7 +377,7 @@ class PaperUNetLearner(Learner):
         distance: of latents.
     """
 
-    curves = Curves("distance of latents", "chosen", "held out: truth preferred to 15 random rotations, %")
+    curves = Curves("distance of latents", {"chosen": "right"}, "held out: truth preferred to 15 random rotations, %")
     memory_format = torch.contiguous_format  # see PaperUNetPredictor
 
     def __init__(self, config: PaperUNetConfig, autoencoder: Path | None, distance: Literal["l1", "l2"]) -> None:

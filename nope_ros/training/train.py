@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -111,6 +112,22 @@ def train(config_path: Path, out: Path, overrides: dict[str, object] | None = No
         _run(learner, config, out, 1 if autoencoder is None else 1 - share)
 
 
+_Tensors = tuple[Tensor, ...] | list[Tensor]
+
+
+def moving_average(decay: float) -> Callable[[_Tensors, _Tensors, Tensor | int], None]:
+    """An exponential moving average that forgets its first steps sooner, for ``AveragedModel``.
+
+    With the final decay from the start, a short run would end with a good share of its random beginning.
+    """
+
+    def update(averaged: _Tensors, current: _Tensors, count: Tensor | int) -> None:
+        warming = min(decay, (1 + float(count)) / (10 + float(count)))
+        get_ema_multi_avg_fn(warming)(averaged, current, count)
+
+    return update
+
+
 CHECKPOINT = "checkpoint.safetensors"
 
 WEIGHTS = "weights"
@@ -143,7 +160,7 @@ def _run(bare: Learner, config: TrainingConfig, out: Path, share_of_budget: floa
         for number in range(config.validation_batches)
     ]
     bare.to(accelerator.device).prepare(dataset, validation)
-    average = AveragedModel(bare, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)
+    average = AveragedModel(bare, multi_avg_fn=moving_average(config.ema_decay), use_buffers=True)
     step, spent = 0, 0.0
     checkpoint = out / CHECKPOINT
     if checkpoint.exists():
@@ -229,8 +246,11 @@ def plot(folder: Path, curves: Curves) -> None:
     left.plot([row["minutes"] for row in held_out], [row["val_loss"] for row in held_out], "o-", label="held out")
     left.set(xlabel="minutes", title=curves.loss)
     left.legend()
-    judged = [row for row in held_out if f"val_{curves.figure}" in row]
-    right.plot([row["minutes"] for row in judged], [row[f"val_{curves.figure}"] for row in judged], "o-")
+    for key, name in curves.figures.items():
+        judged = [row for row in held_out if f"val_{key}" in row]
+        right.plot([row["minutes"] for row in judged], [row[f"val_{key}"] for row in judged], "o-", label=name)
+    if len(curves.figures) > 1:
+        right.legend()
     right.set(xlabel="minutes", title=curves.title, ylim=(0, 100 if curves.title.endswith("%") else None))
     figure.savefig(folder / "loss.png", dpi=100)
 
