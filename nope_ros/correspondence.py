@@ -10,7 +10,7 @@ import threading
 from collections import OrderedDict
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import cv2
 import numpy as np
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
+from nope_ros.depth import Fit, fit, sampled
 from nope_ros.distribution import Mode
 from nope_ros.latent import (
     CONFIG_FILE,
@@ -40,7 +41,7 @@ from nope_ros.models.correspondence import (
     directions,
 )
 from nope_ros.pose import PoseEstimate, ReferencePose, Stage
-from nope_ros.prior import Prior
+from nope_ros.prior import constrained
 from nope_ros.rotations import exp, twist
 
 if TYPE_CHECKING:
@@ -56,6 +57,9 @@ _CACHED_VIEWS = 256
 _GRAVITY_SIGMA = np.radians(2.0)
 # Of the best mode's probability; modes with less are not tried.
 _LEAST_SHARE = 0.1
+_STAGES: tuple[Literal["affine", "offsets"], ...] = ("affine", "offsets")
+# A fit in depth: how near to each other points are that agree, in radii.
+_TOLERANCE = 0.12
 
 
 class Trust(BaseModel):
@@ -90,7 +94,8 @@ class CorrespondenceWeights(BaseModel):
         format_version: layout of this file and of the weights.
         network: sizes, see ``CorrespondenceConfig``.
         with_mesh: when to believe the network where depth is known, as of a mesh.
-        with_image: and where it is predicted. Both are fitted on held-out objects of the training side.
+        with_depth: the same where a depth camera saw the reference, so that it is known of one side only.
+        with_image: and where it is predicted. All are fitted on held-out objects of the training side.
         licence: of the weights, an SPDX identifier.
         training: how they came about.
     """
@@ -101,9 +106,27 @@ class CorrespondenceWeights(BaseModel):
     format_version: int = Field(default=_FORMAT_VERSION, ge=1)
     network: dict[str, Any]
     with_mesh: Trust = Trust(offsets_deg=15.0, affine_deg=20.0)
+    with_depth: Trust = Trust(offsets_deg=10.0, affine_deg=10.0, hypotheses=1, first_steps=1)
     with_image: Trust = Trust(offsets_deg=10.0, affine_deg=10.0, hypotheses=1, first_steps=1, steps=1)
     licence: str = "Apache-2.0"
     training: dict[str, Any] = Field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Matches:
+    """Where the points of a view are seen in the query.
+
+    Attributes:
+        points: (N, 3) from the centre of the view's circle, axes of the view's virtual camera, in the pose's unit.
+        places: (N, 2) image coordinates in the query's crop, in units of its circle.
+        weights: (N,) not negative.
+        R_view: (3, 3) from the reference's virtual camera to the view's.
+    """
+
+    points: Array
+    places: Array
+    weights: Array
+    R_view: Array
 
 
 @dataclass(frozen=True)
@@ -118,6 +141,7 @@ class Found:
         centre_virtual: (3,) the reference's centre in the query's virtual camera, in the pose's unit of length.
         affine_centre_virtual: (3,) the same after what a 2D affine can say.
         sigma: expected error of R, radians.
+        matches: that these followed from.
     """
 
     modes: tuple[Mode, ...]
@@ -127,6 +151,7 @@ class Found:
     centre_virtual: Array
     affine_centre_virtual: Array
     sigma: float
+    matches: Matches
 
 
 @dataclass(frozen=True)
@@ -208,34 +233,123 @@ class CorrespondenceRefiner:
         stage = self.stage(registered, estimate, found)
         return None if stage is None else self.answer(query, registered, estimate, found, stage)
 
+    def proposals(self, query: Query, registered: RegisteredObject, estimate: PoseEstimate) -> list[Refined]:
+        """All that may be made of one look, for whoever can tell by depth which is right."""
+        found = self.look(query, registered, estimate)
+        proposed = [self.answer(query, registered, estimate, found, stage) for stage in _STAGES]
+        fitted = self.fitted(query, registered, estimate, found)
+        if fitted is None:
+            return proposed
+        # Of one view, the matches say better where the object is than how it is turned.
+        shifted = self.shifted(query, registered, estimate, found)
+        in_depth = self.answer_in_depth(query, registered, estimate, found, fitted)
+        return [*proposed, *([in_depth, shifted] if registered.rendered is not None else [shifted, in_depth])]
+
     def stage(self, registered: RegisteredObject, estimate: PoseEstimate, found: Found) -> Stage | None:
         """How much of what ``look`` found is to be believed: "offsets", "affine" or nothing."""
         trust, expected = self._trust(registered), np.degrees(found.sigma)
         # Of two views alone, how far a part moved may be told from how deep it lies only by what is known of one of
         # them: of depth by a mesh, of the turn by gravity.
-        told = registered.rendered is not None or estimate.prior == "standing"
+        told = depth_known(registered) or estimate.prior == "standing"
         if told and expected < trust.offsets_deg:
             return "offsets"
         return "affine" if expected < trust.affine_deg else None
 
     def _trust(self, registered: RegisteredObject) -> Trust:
-        return self.weights.with_image if registered.rendered is None else self.weights.with_mesh
+        if registered.rendered is not None:
+            return self.weights.with_mesh
+        return self.weights.with_image if registered.depth is None else self.weights.with_depth
+
+    def fitted(self, query: Query, registered: RegisteredObject, estimate: PoseEstimate, found: Found) -> Fit | None:
+        """Umeyama's fit of the matched points to where the query's depth has them, or None without depth.
+
+        From the axes of the view to those of the query's virtual camera, in metres.
+        """
+        if query.surface is None or not depth_known(registered):
+            return None
+        matches = found.matches
+        y = sampled(query.surface, matches.places, query.crop.angular_radius)
+        aligned, axis = np.eye(3), None
+        if estimate.prior == "standing" and registered.gravity_virtual is not None:
+            axis = query.gravity_virtual
+            aligned = constrained(aligned, "standing", matches.R_view @ registered.gravity_virtual, axis)
+        unit = found.reference.distance * found.reference.angular_radius
+        R = found.R @ matches.R_view.T @ aligned.T
+        fitted = fit(
+            matches.points @ aligned.T,
+            y,
+            matches.weights,
+            _TOLERANCE * unit,
+            np.random.default_rng(0),
+            axis=axis,
+            start=(R, found.centre_virtual),
+        )
+        return None if fitted is None else replace(fitted, R=fitted.R @ aligned)
+
+    def shifted(self, query: Query, registered: RegisteredObject, estimate: PoseEstimate, found: Found) -> Refined:
+        """The estimate's rotation, and the object where the query's depth has the matched points."""
+        assert query.surface is not None
+        matches, left = found.matches, query.crop.R_virtual_camera
+        R = left @ estimate.delta_R @ registered.R_virtual_camera.T
+        y = sampled(query.surface, matches.places, query.crop.angular_radius)
+        apart = y - matches.points @ (R @ matches.R_view.T).T
+        known = np.isfinite(apart).all(-1) & (matches.weights > 0)
+        centre = np.median(apart[known], axis=0)
+        return self._refined("depth", query, registered, estimate, found, R, centre, None)
+
+    def answer_in_depth(
+        self, query: Query, registered: RegisteredObject, estimate: PoseEstimate, found: Found, fitted: Fit
+    ) -> Refined:
+        """The pose of a fit in depth, as far as the prior allows it."""
+        sigma = self._trust(registered).spread * found.sigma
+        return self._refined(
+            "depth",
+            query,
+            registered,
+            estimate,
+            found,
+            fitted.R @ found.matches.R_view,
+            fitted.t,
+            self._covariance(query, estimate, sigma),
+        )
 
     def answer(
         self, query: Query, registered: RegisteredObject, estimate: PoseEstimate, found: Found, stage: Stage
     ) -> Refined:
         """What ``look`` found, as far as the prior allows it; ``stage`` "affine" or "offsets"."""
-        from nope_ros.refine import Refined
-
         R, centre = found.R, found.centre_virtual
-        variance = (self._trust(registered).spread * found.sigma) ** 2
-        covariance = variance * np.eye(3)
-        if estimate.prior == "standing" and query.gravity_virtual is not None:
-            axis = query.crop.R_virtual_camera.T @ query.gravity_virtual
-            covariance = variance * np.outer(axis, axis) + _GRAVITY_SIGMA**2 * np.eye(3)
+        covariance: Array | None = self._covariance(query, estimate, self._trust(registered).spread * found.sigma)
         if stage == "affine":
             R, centre = found.affine_R, found.affine_centre_virtual
-            covariance = estimate.covariance[3:, 3:]  # the viewing direction, which is most of it, is the templates'
+            covariance = None  # the viewing direction, which is most of it, is the templates'
+        return self._refined(stage, query, registered, estimate, found, R, centre, covariance)
+
+    @staticmethod
+    def _covariance(query: Query, estimate: PoseEstimate, sigma: float) -> Array:
+        """Of a rotation (3, 3) whose standard deviation about each axis is ``sigma``, radians."""
+        if estimate.prior == "standing" and query.gravity_virtual is not None:
+            axis = query.crop.R_virtual_camera.T @ query.gravity_virtual
+            covariance: Array = sigma**2 * np.outer(axis, axis) + _GRAVITY_SIGMA**2 * np.eye(3)
+            return covariance
+        return sigma**2 * np.eye(3)
+
+    @staticmethod
+    def _refined(
+        stage: Stage,
+        query: Query,
+        registered: RegisteredObject,
+        estimate: PoseEstimate,
+        found: Found,
+        R: Array,
+        centre: Array,
+        covariance: Array | None,
+    ) -> Refined:
+        """From virtual cameras to the estimate's: R (3, 3) and the view's centre (3,) to ``Refined``.
+
+        ``covariance`` is of R if its mode is the right one; None: the estimate's stays.
+        """
+        from nope_ros.refine import Refined, over_modes
+
         R_virtual = constrained(R, estimate.prior, registered.gravity_virtual, query.gravity_virtual)
         R_camera_virtual = query.crop.R_virtual_camera.T
         delta_R = R_camera_virtual @ R_virtual @ registered.R_virtual_camera
@@ -244,10 +358,12 @@ class CorrespondenceRefiner:
         R_object = delta_R @ asked.R_camera_object
         between = R_object @ (found.reference.offset_object - asked.offset_object)
         best, *others = found.modes
+        answer = Mode(delta_R, best.probability)
+        known = estimate.covariance[3:, 3:]
         return Refined(
             stage=stage,
-            modes=(Mode(delta_R, best.probability), *others),
-            rotation_covariance=covariance,
+            modes=(answer, *others),
+            rotation_covariance=known if covariance is None else over_modes(estimate.distribution, answer, covariance),
             centre=R_camera_virtual @ centre + between,
         )
 
@@ -278,7 +394,16 @@ class CorrespondenceRefiner:
         R, centre = self._back(search.step.pose, best, crop.angular_radius)
         affine_R, affine_centre = self._back(search.affine, best, crop.angular_radius)
         sigma = float(search.step.log_sigma[0].exp())
-        return Found(ordered + rest, best.reference, R, affine_R, centre, affine_centre, sigma)
+        matches = self._matches(search.step, best)
+        return Found(ordered + rest, best.reference, R, affine_R, centre, affine_centre, sigma, matches)
+
+    @staticmethod
+    def _matches(step: Step, hypothesis: _Hypothesis) -> Matches:
+        points, targets = step.points[0].double().cpu().numpy(), step.targets[0].double().cpu().numpy()
+        unroll = exp(np.array([0.0, 0.0, hypothesis.roll]))[:2, :2]
+        weights = step.log_weights[0, :, 0].exp().double().cpu().numpy()
+        unit = hypothesis.reference.distance * hypothesis.reference.angular_radius
+        return Matches(points * unit, targets[:, :2] @ unroll.T, weights, hypothesis.R_view)
 
     def _hypothesis(self, query: Query, registered: RegisteredObject, mode: Mode) -> _Hypothesis:
         R_virtual = query.crop.R_virtual_camera @ mode.R @ registered.R_virtual_camera.T
@@ -331,12 +456,14 @@ class CorrespondenceRefiner:
                 return R_view, reference, *self._views[key][1:]
         with torch.inference_mode():
             if rendered is None:
-                rgba = np.dstack([registered.thumbnail, registered.mask])
-                found, depth = self._view(rgba[None], reference.angular_radius), None
+                grid, rgba = registered.depth, np.dstack([registered.thumbnail, registered.mask])
             else:
-                found = self._view(rendered.crops[view][None], reference.angular_radius)
-                cells = torch.from_numpy(rendered.depth[view].astype(np.float32)).to(self.device)
-                depth = cells.unflatten(0, (-1, 2)).unflatten(2, (-1, 2)).nanmean(dim=(1, 3)).flatten()[None]
+                grid, rgba = rendered.depth[view], rendered.crops[view]
+            found, depth = self._view(rgba[None], reference.angular_radius), None
+            if grid is not None:
+                fine = torch.from_numpy(grid.astype(np.float32)).to(self.device)
+                along = 8 * len(fine) // self.crop_size  # of the grid, in one of the network's points
+                depth = fine.unflatten(0, (-1, along)).unflatten(2, (-1, along)).nanmean(dim=(1, 3)).flatten()[None]
         with self._lock:
             self._views[key] = (registered, found, depth)  # the object too: while it is here, its id is its own
             if len(self._views) > _CACHED_VIEWS:
@@ -424,6 +551,11 @@ class _Search:
         )
 
 
+def depth_known(registered: RegisteredObject) -> bool:
+    """Whether it was measured how deep the parts of an object lie, or follows from a mesh."""
+    return registered.rendered is not None or registered.depth is not None
+
+
 def rolled(rgba: NDArray[np.uint8], roll: float) -> NDArray[np.uint8]:
     """A crop (S, S, 4) as its virtual camera sees it after a roll: content turns by ``roll`` from x towards y."""
     middle = (rgba.shape[0] - 1) / 2
@@ -431,27 +563,4 @@ def rolled(rgba: NDArray[np.uint8], roll: float) -> NDArray[np.uint8]:
     turn = np.array([[cosine, -sine], [sine, cosine]])
     shift = middle - turn @ [middle, middle]
     turned: NDArray[np.uint8] = cv2.warpAffine(rgba, np.column_stack([turn, shift]), rgba.shape[:2])
-    return turned
-
-
-def constrained(R: Array, prior: Prior, gravity_reference: Array | None, gravity_query: Array | None) -> Array:
-    """The nearest rotation (3, 3) between virtual cameras that a prior allows; gravity (3,) in each of them."""
-    if prior == "free" or gravity_reference is None:
-        return R
-    down = R @ gravity_reference
-    if prior == "standing" and gravity_query is not None:
-        wanted = gravity_query
-    else:  # upright: level, whatever the elevation
-        flat = np.hypot(down[0], down[1])
-        if flat < 1e-6:
-            return R
-        wanted = np.array([0.0, flat, down[2]])
-    # Along the great circle from where gravity would be to where it is.
-    axis = np.cross(down, wanted)
-    sine = np.linalg.norm(axis)
-    if prior == "upright":
-        return exp(np.array([0.0, 0.0, np.arctan2(down[0], down[1])])) @ R
-    if sine < 1e-12:
-        return R
-    turned: Array = exp(axis / sine * np.arctan2(sine, down @ wanted)) @ R
     return turned

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cached_property
 
@@ -47,27 +47,32 @@ class RotationDistribution:
         probabilities: (N,), summing to one.
         prior_probabilities: (N,) before the image was seen; entropy is judged against it.
         spacing: distance of neighbouring rotations, radians.
+        spread: factor on the second moment by which errors turned out to be wider than the distribution.
     """
 
     rotations: Array
     probabilities: Array
     prior_probabilities: Array
     spacing: float
+    spread: float = 1.0
 
     @classmethod
     def from_log_likelihood(
-        cls, rotations: Array, log_likelihood: Array, log_prior: Array | None = None, spacing: float = np.radians(15)
+        cls,
+        rotations: Array,
+        log_likelihood: Array,
+        log_prior: Array | None = None,
+        spacing: float = np.radians(15),
+        spread: float = 1.0,
     ) -> RotationDistribution:
         """Normalise prior times likelihood (each (N,), in nats, up to a constant)."""
         if log_prior is None:
             log_prior = np.zeros(len(rotations))
-        return cls(rotations, _normalised(log_likelihood + log_prior), _normalised(log_prior), spacing)
+        return cls(rotations, _normalised(log_likelihood + log_prior), _normalised(log_prior), spacing, spread)
 
     def transformed(self, left: Array, right: Array) -> RotationDistribution:
         """The distribution of left @ R @ right (each (3, 3)): a change of axes on either side."""
-        return RotationDistribution(
-            left @ self.rotations @ right, self.probabilities, self.prior_probabilities, self.spacing
-        )
+        return replace(self, rotations=left @ self.rotations @ right)
 
     def mass_within(self, R: Array, angle: float) -> float:
         """Probability that the rotation is within ``angle`` radians of R (3, 3)."""

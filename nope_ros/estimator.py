@@ -15,14 +15,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nope_ros.crop import Crop, virtual_crop
+from nope_ros.depth import reference_depth
 from nope_ros.distribution import RotationDistribution
 from nope_ros.frame import Camera, Frame, InputError
 from nope_ros.latent import Predictor, RotatedLatentPredictor, load_predictor
-from nope_ros.match import Bank, common_latents, predict_bank
+from nope_ros.match import Bank, HarmonicBank, common_latents, predict_bank
 from nope_ros.mesh import Progress, RenderedViews, read_mesh, render_views, view_rotations
 from nope_ros.pose import PoseEstimate, ReferencePose, pose_estimate
 from nope_ros.prior import Hypotheses, Prior, free_rotations, hypotheses, resolve, upright_rotations
 from nope_ros.refine import Query, Refinement, Refiner, Step, load_refiner, moved, steps
+from nope_ros.settle import Settling
+from nope_ros.stopwatch import stage
 from nope_ros.video import KEYFRAMES, Keyframes, Plan, Pose, Scale, Walk, plan_keyframes
 
 if TYPE_CHECKING:  # needs numba and trimesh, which whoever has no mesh can do without
@@ -48,6 +51,8 @@ class RegisteredObject:
         rendered: renders of the object's mesh, the reference among them, which take the place of predictions; or None.
         keyframes: all views it was registered from, the reference first; None if that is the only one. ``latent`` is
             then what all of them say together, as the reference would show it.
+        depth: (n, n) float16 depth of the reference's surface behind the circle's centre, on a grid over its crop, in
+            units of the circle's radius there; NaN where there is none. None if the reference had no depth.
     """
 
     object_id: str
@@ -61,6 +66,7 @@ class RegisteredObject:
     batch_size: int = 1024
     rendered: RenderedViews | None = None
     keyframes: Keyframes | None = None
+    depth: NDArray[np.float16] | None = None
 
     @property
     def gravity_known(self) -> bool:
@@ -91,7 +97,9 @@ class RegisteredObject:
         if self.keyframes is None:
             return predict_bank(self.predictor, self.latent, rotations, self.batch_size)
         views = self.keyframes.R_virtual_object @ self.keyframes.R_virtual_object[0].T
-        return predict_bank(self.predictor, self.keyframes.latents, rotations, self.batch_size, views)
+        return predict_bank(
+            self.predictor, self.keyframes.latents, rotations, self.batch_size, views, self.keyframes.normalised
+        )
 
     @property
     def temperature(self) -> float:
@@ -132,14 +140,35 @@ class RegisteredObject:
 
     def distribution(self, query: Query, prior: Prior) -> tuple[RotationDistribution, float]:
         """The distribution of delta_R in camera axes given a query; whether it is this object at all."""
+        with stage("match"):
+            possible, bank = self.templates(query, prior)
+            match = bank.match(query.latent, self.temperature)
+        with stage("pose"):
+            return self._egocentric(query, prior, possible, match.log_likelihood), match.similarity
+
+    def harmonics(self, query: Query) -> Tensor | None:
+        """What a query says of every rotation between the virtual cameras, as coefficients of ``flatten_d``.
+
+        None where the log-likelihood is no such sum: with keyframes, renders, a predictor whose latent does not turn.
+        """
+        bank = self.first_bank
+        return bank.harmonics(query.latent, self.temperature) if isinstance(bank, HarmonicBank) else None
+
+    def distribution_of(self, harmonics: Tensor, query: Query, prior: Prior) -> RotationDistribution:
+        """As ``distribution``, where ``harmonics`` (Σ(2l+1)²,), as of ``harmonics``, are what is known."""
         possible, bank = self.templates(query, prior)
-        match = bank.match(query.latent, self.temperature)
+        assert isinstance(bank, HarmonicBank)
+        return self._egocentric(query, prior, possible, bank.log_likelihood(harmonics))
+
+    def _egocentric(
+        self, query: Query, prior: Prior, possible: Hypotheses, log_likelihood: Array
+    ) -> RotationDistribution:
+        spread = self.predictor.errors.spread[prior]
         seen = RotationDistribution.from_log_likelihood(
-            possible.rotations, match.log_likelihood, possible.log_weight, possible.spacing
+            possible.rotations, log_likelihood, possible.log_weight, possible.spacing, spread
         )
         # From virtual cameras (allocentric) back to the real ones (egocentric).
-        egocentric = seen.transformed(query.crop.R_virtual_camera.T, self.R_virtual_camera)
-        return egocentric, match.similarity
+        return seen.transformed(query.crop.R_virtual_camera.T, self.R_virtual_camera)
 
     def pose_in(
         self, query: Query, distribution: RotationDistribution, similarity: float, prior: Prior
@@ -153,6 +182,7 @@ class RegisteredObject:
             similarity,
             prior,
             query.frame,
+            all_sides=self.rendered is not None,
         )
 
 
@@ -285,23 +315,25 @@ class PoseEstimator:
         """As ``register``, from a Frame."""
         gravity = checked_gravity(gravity_camera)
         crop = virtual_crop(frame, self.predictor.crop_size, gravity)
+        reference = ReferencePose.from_crop(
+            crop,
+            frame,
+            reference_distance=reference_distance,
+            object_diameter=object_diameter,
+            R_camera_object=R_camera_object,
+            t_camera_object=t_camera_object,
+        )
         registered = RegisteredObject(
             object_id=object_id,
             predictor=self.predictor,
             latent=self.encode([crop])[0],
-            reference=ReferencePose.from_crop(
-                crop,
-                frame,
-                reference_distance=reference_distance,
-                object_diameter=object_diameter,
-                R_camera_object=R_camera_object,
-                t_camera_object=t_camera_object,
-            ),
+            reference=reference,
             R_virtual_camera=crop.R_virtual_camera,
             gravity_virtual=None if gravity is None else crop.R_virtual_camera @ gravity,
             thumbnail=crop.image,
             mask=crop.mask,
             batch_size=self.batch_size,
+            depth=reference_depth(frame, crop, reference),
         )
         _ = registered.template_count  # predicts the bank that queries will ask for first
         self._last = registered
@@ -492,19 +524,22 @@ class PoseEstimator:
     def look(self, frame: Frame, gravity_camera: Array | None = None) -> Query:
         """Crop and encode a frame; ``gravity_camera`` as in ``estimate``."""
         gravity = checked_gravity(gravity_camera)
-        crop = virtual_crop(frame, self.predictor.crop_size, gravity)
+        with stage("crop"):
+            crop = virtual_crop(frame, self.predictor.crop_size, gravity)
         gravity_virtual = None if gravity is None else crop.R_virtual_camera @ gravity
         return Query(frame, crop, self.encode([crop])[0], gravity_virtual)
 
     def similarities(self, query: Query, objects: Sequence[RegisteredObject]) -> list[float]:
         """Whether a query is of each object at all, as ``PoseEstimate.similarity``, at a fraction of a pose's cost."""
-        return [registered.first_bank.similarity(query.latent) for registered in objects]
+        with stage("match"):
+            return [registered.first_bank.similarity(query.latent) for registered in objects]
 
     def match(self, query: Query, registered: RegisteredObject, prior: Prior | None = None) -> PoseEstimate:
         """The pose that the templates give; ``prior`` as in ``estimate``."""
         used = resolve(prior, registered.gravity_known, query.gravity_virtual is not None)
         distribution, similarity = registered.distribution(query, used)
-        return registered.pose_in(query, distribution, similarity, used)
+        with stage("pose"):
+            return registered.pose_in(query, distribution, similarity, used)
 
     def refine(
         self,
@@ -513,17 +548,27 @@ class PoseEstimator:
         estimate: PoseEstimate,
         refinement: Refinement | None = None,
     ) -> PoseEstimate:
-        """The same pose, finer; ``refinement`` in place of the estimator's own, if it is given."""
-        for step in steps(refinement or self.refinement):
-            refined = self._refiner(step).refine(query, registered, estimate)
-            if refined is not None:
-                reference = registered.reference_at(estimate.delta_R, query.crop.R_virtual_camera)
-                estimate = moved(estimate, refined, reference)
+        """The same pose, finer; ``refinement`` in place of the estimator's own, if it is given.
+
+        Where depth was measured of both, refiners only propose: the pose whose surfaces fit best is taken.
+        """
+        chosen = [self._refiner(step) for step in steps(refinement or self.refinement)]
+        if not chosen:
+            return estimate
+        with stage("refine"):
+            if (settled := Settling.of(query, registered)) is not None:
+                proposed = [one for refiner in chosen for one in refiner.proposals(query, registered, estimate)]
+                return settled.best(estimate, proposed)
+            for refiner in chosen:
+                refined = refiner.refine(query, registered, estimate)
+                if refined is not None:
+                    reference = registered.reference_at(estimate.delta_R, query.crop.R_virtual_camera)
+                    estimate = moved(estimate, refined, reference)
         return estimate
 
     def encode(self, crops: Sequence[Crop]) -> Tensor:
         """Latents (B, D) of crops."""
-        with self._encoding, torch.inference_mode():
+        with self._encoding, stage("encode"), torch.inference_mode():
             return self.predictor.encode(crops)
 
 

@@ -58,7 +58,12 @@ class Bank(Protocol):
 
 
 def predict_bank(
-    predictor: Predictor, latent: Tensor, rotations: Array, batch_size: int = 1024, views: Array | None = None
+    predictor: Predictor,
+    latent: Tensor,
+    rotations: Array,
+    batch_size: int = 1024,
+    views: Array | None = None,
+    normalised: float = 1.0,
 ) -> Bank:
     """What an object is predicted to look like at rotations (N, 3, 3), in the form that matches fastest.
 
@@ -68,18 +73,19 @@ def predict_bank(
         rotations: (N, 3, 3), from the reference's virtual camera to the query's.
         batch_size: templates predicted at a time.
         views: (K, 3, 3), from the reference's virtual camera to each view's; of several views only.
+        normalised: of several views only; see ``ViewsBank``.
     """
     if views is not None:
         if isinstance(predictor, RotatedLatentPredictor):
-            return ViewsBank.of(predictor, latent, rotations, views)
+            return ViewsBank.of(predictor, latent, rotations, views, normalised)
         return TemplateBank.predict_nearest(predictor, latent, rotations, views, batch_size)
     if isinstance(predictor, RotatedLatentPredictor):
         return HarmonicBank.of(predictor, latent, rotations)
     return TemplateBank.predict(predictor, latent, rotations, batch_size)
 
 
-_CONCENTRATION = 16.0
-"""Of the weights over viewing directions: a view 30° away counts an eighth of one that looked from just there."""
+_CONCENTRATION = 30.0
+"""Of the weights over viewing directions: a view 22° away counts an eighth of one that looked from just there."""
 
 
 def view_weights(rotations: Array, views: Array) -> Array:
@@ -207,9 +213,17 @@ class HarmonicBank:
 
     def match(self, latent: Tensor, temperature: float) -> Match:
         """As ``TemplateBank.match``; turning keeps norms, so the distance differs from the product by a constant."""
+        return Match(self.log_likelihood(self.harmonics(latent, temperature)), self.similarity(latent))
+
+    def harmonics(self, latent: Tensor, temperature: float) -> Tensor:
+        """What a query latent (D,) says of every rotation, as coefficients (Σ(2l+1)²,) of the flattened D."""
         query = latent.float().reshape(self.latent.shape)
-        products = torch.mv(self.turns, correlation(query[None], self.latent[None])[0])
-        return Match((products / temperature).double().cpu().numpy(), self.similarity(latent))
+        return correlation(query[None], self.latent[None])[0] / temperature
+
+    def log_likelihood(self, harmonics: Tensor) -> Array:
+        """Of the bank's rotations (N,), up to a constant, from such coefficients."""
+        products: Array = torch.mv(self.turns, harmonics).double().cpu().numpy()
+        return products
 
     def similarity(self, latent: Tensor) -> float:
         """See ``Bank.similarity``."""
@@ -230,34 +244,56 @@ class ViewsBank:
     that looked from near where the hypothesis looks from knows the details. Their logarithms are added: on objects held
     out from training either alone was worse, and so were weights on the sphere's places in place of hypotheses.
 
+    The views near one hypothesis are others than those near the next. Normalised, each view distributes the same
+    probability, so that one that never saw this side of a box votes as firmly for half a turn as the one that did votes
+    for the truth. As it is, the product of the latents says who knows: it is larger the more both have seen. But then
+    hypotheses that no view looked from near are never believed. Which is worse depends on how densely the object was
+    walked round, so left-out keyframes decide (``nope_ros.video.left_out``).
+
     Attributes:
         rotations: (N, 3, 3), from the first view's virtual camera to the query's.
         latents: (K, (L+1)², C), turned into the first view's virtual camera.
         turns: (N, Σ(2l+1)²) the flattened D of the rotations.
         near: (N, K) see ``view_weights``.
+        normalised: 0..1, how much of each view's normalisation is taken off before the nearest are compared.
     """
 
     rotations: Array
     latents: Tensor
     turns: Tensor
     near: Tensor
+    normalised: float = 1.0
 
     @classmethod
-    def of(cls, predictor: RotatedLatentPredictor, latents: Tensor, rotations: Array, views: Array) -> ViewsBank:
+    def of(
+        cls,
+        predictor: RotatedLatentPredictor,
+        latents: Tensor,
+        rotations: Array,
+        views: Array,
+        normalised: float = 1.0,
+    ) -> ViewsBank:
         """For latents (K, D) of views (K, 3, 3), from the first one's virtual camera to each."""
         turned = common_latents(predictor, latents, views)
         first = HarmonicBank.of(predictor, latents[0], rotations)
         near = torch.tensor(view_weights(rotations, views), dtype=torch.float32, device=turned.device)
-        return cls(rotations, turned, first.turns, near)
+        return cls(rotations, turned, first.turns, near, normalised)
 
     def match(self, latent: Tensor, temperature: float) -> Match:
         """As ``TemplateBank.match``."""
-        count = len(self.latents)
-        query = latent.float().reshape(1, *self.latents.shape[1:])
-        products = self.turns @ correlation(query.expand(count, -1, -1), self.latents).T
-        each = torch.log_softmax(products / temperature, dim=0)
-        log_likelihood = ((self.near + 1 / count) * each).sum(dim=1)
+        log_likelihood = self.fused(self.products(latent, temperature), self.normalised)
         return Match(log_likelihood.double().cpu().numpy(), self.similarity(latent))
+
+    def products(self, latent: Tensor, temperature: float) -> Tensor:
+        """What each view makes of each rotation: (N, K)."""
+        query = latent.float().reshape(1, *self.latents.shape[1:])
+        each = self.turns @ correlation(query.expand(len(self.latents), -1, -1), self.latents).T
+        return each / temperature
+
+    def fused(self, products: Tensor, normalised: float) -> Tensor:
+        """What they make of it together: (N,)."""
+        total = torch.logsumexp(products, dim=0)
+        return (self.near * (products - normalised * total)).sum(dim=1) + (products - total).mean(dim=1)
 
     def similarity(self, latent: Tensor) -> float:
         """See ``Bank.similarity``."""

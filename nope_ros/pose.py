@@ -16,7 +16,7 @@ from nope_ros.frame import Frame, InputError
 from nope_ros.prior import Prior
 
 Array = NDArray[np.float64]
-Stage = Literal["template", "tracking", "affine", "offsets", "synthesis"]
+Stage = Literal["template", "tracking", "affine", "offsets", "depth", "synthesis", "surface"]
 """What a pose comes from: the templates of one frame, of all frames until now, or the refiner that moved it last."""
 
 # Standard deviations: how far the enclosing circle of an outline misleads about the object when it is seen from
@@ -24,9 +24,8 @@ Stage = Literal["template", "tracking", "affine", "offsets", "synthesis"]
 _SIZE_SIGMA = 0.10
 _CENTRE_SIGMA = 0.09
 _SATURATION = np.radians(60)
-# Errors have heavier tails than a Gaussian of their second moment: on held-out training objects its 90 % ellipsoid held
-# 80 to 86 % of them. Widened by this it holds 87 to 92 %, whatever the prior, refined or not.
-_TAILS = 1.3
+# Of a mesh the outline is known from all sides; this far from the nearest of its views at most, about.
+_NEAREST_VIEW = np.radians(10)
 # With depth the centre is this share of the object's radius behind the surface that is seen, and that errs by so much
 # (on renders of objects seen from two sides; the share of the mask's box that is rim).
 _BEHIND, _BEHIND_SIGMA, _RIM = 0.5, 0.2, 0.06
@@ -209,11 +208,13 @@ def pose_estimate(
     similarity: float,
     prior: Prior,
     frame: Frame,
+    *,
+    all_sides: bool = False,
 ) -> PoseEstimate:
     """Put rotation, translation and their spread together.
 
-    Distance is that of the surface where the query has depth and the object's size is known in metres, else it follows
-    from how large the object looks.
+    Distance follows from how large the object looks, and, where the query has depth and the object's size is known in
+    metres, from its surface too, each as far as it is to be trusted.
 
     Args:
         object_id: the registered object's name.
@@ -223,6 +224,7 @@ def pose_estimate(
         similarity: see ``PoseEstimate``.
         prior: the one used.
         frame: the query's.
+        all_sides: whether the reference is the object as it looks from about this side, as of a mesh.
     """
     axis = crop.R_virtual_camera[2]
     distance = projective_distance(reference, crop)
@@ -230,15 +232,16 @@ def pose_estimate(
     # How far the outline may mislead: not at all when nothing turned, fully beyond 60°. In-plane rotation does not
     # change an outline, so only the turn of the viewing direction counts.
     turn = np.arccos(np.clip((crop.R_virtual_camera @ delta_R @ crop.R_virtual_camera.T)[2, 2], -1, 1))
-    share = min(turn / _SATURATION, 1.0)
+    share = min((min(turn, _NEAREST_VIEW) if all_sides else turn) / _SATURATION, 1.0)
     radius_px = crop.angular_radius * crop.K_virtual[0, 0]
     outline = _OUTLINE_SIGMA / max(radius_px, 1.0)
     sigma_distance = distance * np.hypot(_SIZE_SIGMA * share, outline)
     surface = surface_distance(frame, crop) if reference.metric else None
     if surface is not None:
         radius = reference.distance * reference.angular_radius
-        distance = surface + _BEHIND * radius
-        sigma_distance = _BEHIND_SIGMA * radius
+        weights = np.array([sigma_distance, _BEHIND_SIGMA * radius]) ** -2.0
+        distance = float(weights @ [distance, surface + _BEHIND * radius] / weights.sum())
+        sigma_distance = weights.sum() ** -0.5
     sigma_centre = distance * crop.angular_radius * np.hypot(_CENTRE_SIGMA * share, outline)
     along = np.outer(axis, axis)
     placed = place(
@@ -267,9 +270,11 @@ def pose_estimate(
 def rotation_covariance(distribution: RotationDistribution, delta_R: Array) -> Array:
     """Covariance (3, 3) of log(R R̂ᵀ) for the answer R̂ = delta_R, rad², camera axes.
 
-    All of the distribution counts, its peak as well as what lies between its modes.
+    All of the distribution counts, its peak as well as what lies between its modes. Errors have other tails than a
+    Gaussian: the spread that comes with the weights makes the 90 % ellipsoid hold 90 % of them.
     """
-    return _TAILS * distribution.moment_about(delta_R)
+    covariance: Array = distribution.spread * distribution.moment_about(delta_R)
+    return covariance
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -20,6 +21,9 @@ from nope_ros.rotations import exp, icosphere, look_at, rotation_grid, turn_to
 Array = NDArray[np.float64]
 Prior = Literal["free", "upright", "standing"]
 PRIORS: tuple[Prior, ...] = ("free", "upright", "standing")
+
+FREEDOM: dict[Prior, int] = {"free": 3, "upright": 2, "standing": 1}
+"""In how many directions a rotation can err, as far as gravity is true."""
 
 _YAWS = 72
 
@@ -88,9 +92,14 @@ def upright_rotations(gravity_virtual_reference: Array) -> Array:
 
     Azimuth is counted from the reference.
     """
-    angle = elevation(gravity_virtual_reference)
-    R_reference = look_at(np.array([np.cos(angle), 0.0, np.sin(angle)]))
+    return _upright_rotations(elevation(gravity_virtual_reference))
+
+
+@lru_cache(maxsize=64)
+def _upright_rotations(elevation: float) -> Array:
+    R_reference = look_at(np.array([np.cos(elevation), 0.0, np.sin(elevation)]))
     rotations: Array = look_at(viewpoints()) @ R_reference.T
+    rotations.setflags(write=False)
     return rotations
 
 
@@ -121,3 +130,26 @@ def resolve(prior: Prior | None, reference_knows_gravity: bool, query_knows_grav
     if prior == "standing" and not query_knows_gravity:
         raise InputError("prior 'standing' needs gravity in this image too; give gravity_camera, or use 'free'")
     return prior
+
+
+def constrained(R: Array, prior: Prior, gravity_reference: Array | None, gravity_query: Array | None) -> Array:
+    """The nearest rotation (3, 3) between virtual cameras that a prior allows; gravity (3,) in each of them."""
+    if prior == "free" or gravity_reference is None:
+        return R
+    down = R @ gravity_reference
+    if prior == "standing" and gravity_query is not None:
+        wanted = gravity_query
+    else:  # upright: level, whatever the elevation
+        flat = np.hypot(down[0], down[1])
+        if flat < 1e-6:
+            return R
+        wanted = np.array([0.0, flat, down[2]])
+    # Along the great circle from where gravity would be to where it is.
+    axis = np.cross(down, wanted)
+    sine = np.linalg.norm(axis)
+    if prior == "upright":
+        return exp(np.array([0.0, 0.0, np.arctan2(down[0], down[1])])) @ R
+    if sine < 1e-12:
+        return R
+    turned: Array = exp(axis / sine * np.arctan2(sine, down @ wanted)) @ R
+    return turned

@@ -9,6 +9,7 @@ delta_R and the object's centre, and ``moved`` turns these into a pose.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
@@ -16,10 +17,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nope_ros.crop import Crop
-from nope_ros.distribution import Mode
+from nope_ros.depth import measured_surface
+from nope_ros.distribution import CONFIDENCE_RADIUS, Mode, RotationDistribution
 from nope_ros.frame import Frame, InputError
 from nope_ros.latent import Predictor
 from nope_ros.pose import PoseEstimate, ReferencePose, Stage, lever_arm, place
+from nope_ros.rotations import geodesic_distance, log
 
 if TYPE_CHECKING:
     from nope_ros.estimator import RegisteredObject
@@ -43,6 +46,11 @@ class Query:
     crop: Crop
     latent: Tensor
     gravity_virtual: Array | None
+
+    @cached_property
+    def surface(self) -> Array | None:
+        """What its depth says of the object: see ``nope_ros.depth.measured_surface``."""
+        return measured_surface(self.frame, self.crop)
 
 
 @dataclass(frozen=True)
@@ -81,6 +89,29 @@ class Refiner(Protocol):
             estimate: from the templates, or from the refiner before this one.
         """
         ...
+
+    def proposals(self, query: Query, registered: RegisteredObject, estimate: PoseEstimate) -> list[Refined]:
+        """Poses worth trying, believed or not, where depth decides; arguments as of ``refine``."""
+        ...
+
+
+def over_modes(distribution: RotationDistribution, best: Mode, within: Array) -> Array:
+    """Covariance (3, 3) of an answer's rotation: that of its mode, and that another mode may be the right one.
+
+    A refiner sharpens one mode; that it is the right one neither pixels nor surfaces tell.
+
+    Args:
+        distribution: over delta_R, of the templates.
+        best: the answer, and how probable its mode is.
+        within: (3, 3) of log(R R̂ᵀ), rad², camera axes, if the mode is right.
+    """
+    far = geodesic_distance(distribution.rotations, best.R) > CONFIDENCE_RADIUS
+    turns, share = log(distribution.rotations[far] @ best.R.T), distribution.probabilities[far]
+    if share.sum() == 0:
+        return within
+    elsewhere = (share[:, None] * turns).T @ turns / share.sum()
+    whole: Array = best.probability * within + (1 - best.probability) * elsewhere
+    return whole
 
 
 Step = Literal["correspondence", "synthesis"]

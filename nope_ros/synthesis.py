@@ -37,6 +37,10 @@ Array = NDArray[np.float64]
 # A peak of the likelihood, radians: its usual width, where the curvature is unknown, and the widest that is believed.
 _PEAK_WIDTH = np.radians(8.0)
 _WIDEST_PEAK = np.radians(15.0)
+# A climb that gains less than this, nats, is taken back: the templates' answer is a mean around a peak, and no worse
+# than a top that is hardly higher. On held-out training objects, of upright answers that were right, this leaves 6 %
+# worse by more than 2° and 10 % better by as much, where all climbs together made 23 % worse and 25 % better.
+_WORTHWHILE = 0.2
 
 
 @dataclass(frozen=True)
@@ -229,7 +233,7 @@ def climb(
 
 
 class SynthesisRefiner:
-    """Climbs from every mode of the distribution at once, lets them vote, and keeps the best.
+    """Climbs from every mode of the distribution at once, keeps climbs that gain enough, and lets them vote.
 
     Args:
         steps: most steps of a climb.
@@ -257,12 +261,21 @@ class SynthesisRefiner:
             down = registered.gravity_virtual
             freedom = Freedom(estimate.prior, None if down is None else R_view_reference @ down, query.gravity_virtual)
             likelihood = objective(registered.predictor, query.latent, latent)
-            climbed, at = climb(likelihood, rotations[members] @ R_view_reference.T, freedom, steps=self.steps)
-            rotations[members], values[members] = climbed @ R_view_reference, at.value
+            starts = rotations[members] @ R_view_reference.T
+            begun = likelihood(starts).value
+            climbed, at = climb(likelihood, starts, freedom, steps=self.steps)
+            worthwhile = at.value - begun >= _WORTHWHILE
+            rotations[members] = np.where(worthwhile[:, None, None], climbed, starts) @ R_view_reference
+            values[members] = np.where(worthwhile, at.value, begun)
         masses, kept = vote(rotations, masses, values, self.agreement)
         found = left.T @ rotations[kept] @ right.T
         modes = tuple(Mode(R, float(mass)) for R, mass in zip(found, masses, strict=True))
         return Refined("synthesis", modes, rotation_covariance(estimate.distribution, found[0]))
+
+    def proposals(self, query: Query, registered: RegisteredObject, estimate: PoseEstimate) -> list[Refined]:
+        """See ``Refiner``."""
+        refined = self.refine(query, registered, estimate)
+        return [] if refined is None else [refined]
 
 
 def _views(registered: RegisteredObject, rotations: Array) -> list[tuple[NDArray[np.intp], Tensor, Array]]:

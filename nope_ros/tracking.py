@@ -4,6 +4,12 @@ What earlier views told is carried along: posterior = likelihood × what was bel
 ambiguous view inherits what an earlier one saw, a symmetric object keeps the one of its poses that was chosen first,
 and a wrong start is left again, as belief fades, and never wholly excludes a rotation.
 
+The log-likelihood of a latent that turns is a sum of harmonics of the rotation, 969 numbers (``correlation``). Sums of
+such sums are of the same form, and a turn of the camera is one matrix for each degree. So belief is kept as these
+numbers: over all rotations at once, whatever the grid, and a known motion costs no sharpness. Where the likelihood has
+no such form (keyframes, renders of a mesh, other predictors) belief is kept on the grid of the last frame, and carried
+over to the next frame's with some blur.
+
 Two views from nearly the same side err in the same way, so a frame counts by how far the camera has moved around the
 object since the last one that counted, and standing still does not make the filter surer.
 """
@@ -11,26 +17,27 @@ object since the last one that counted, and standing still does not make the fil
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from nope_ros.distribution import CONFIDENCE_RADIUS, Mode, RotationDistribution
+from nope_ros.models.rotated_latent import bandwidth_of, blur_harmonics, turn_harmonics
 from nope_ros.pose import PoseEstimate, rotation_covariance
 from nope_ros.prior import Prior
 from nope_ros.refine import Query, Refined, moved
 from nope_ros.rotations import geodesic_distance
+from nope_ros.synthesis import Freedom, HarmonicObjective, climb
 
 if TYPE_CHECKING:
     from nope_ros.estimator import RegisteredObject
 
 Array = NDArray[np.float64]
 
-# Views this far apart, radians, err independently: with it the filter's covariance and probabilities were calibrated on
-# renders of held-out training objects, for steps of 6° as for steps of 25°.
-_INDEPENDENT = np.radians(60.0)
 # Belief fades with these time constants, seconds: with a fixed frame, because the object may be moved; without one,
 # because the camera may.
 _FADING_FIXED, _FADING_FREE = 5.0, 0.1
@@ -45,27 +52,46 @@ _UNMOVED = 0.15
 # Time between frames that have no stamps, and the longest gap that belief survives, seconds.
 _FRAME_TIME, _LONGEST_GAP = 0.1, 5.0
 # An answer is kept while no other is this much more probable: those of a symmetric object never are for long.
-_FAITH = 3.0
+_FAITH = 5.0
+# A peak farther than this from the mean of the grid's rotations around it is another one, radians.
+_PEAK_REACH = np.radians(12.0)
 # Rotations of less belief than this are taken together; of the others at most so many are moved.
 _NEGLIGIBLE, _MOST_MOVED = 1e-5, 400
 
 
 @dataclass(frozen=True)
-class _Belief:
+class _Grid:
     """Probabilities (N,) of rotations delta_R (N, 3, 3), as they were when belief was last moved (or begun).
 
-    ``R_fixed_camera`` and ``R_virtual_camera`` (3, 3) are of that moment too. Of the last frame are ``answer``, the
-    delta_R (3, 3) that was given, ``seen_from``, its R_fixed_camera, and ``stamp``, seconds.
+    ``R_fixed_camera`` and ``R_virtual_camera`` (3, 3) are of that moment too.
     """
 
-    registered: RegisteredObject
-    prior: Prior
     rotations: Array
     probabilities: Array
     R_fixed_camera: Array | None
     R_virtual_camera: Array
+
+
+@dataclass(frozen=True)
+class _Belief:
+    """What is believed of an object after a frame.
+
+    Attributes:
+        registered: the object.
+        prior: of the frame.
+        told: harmonics (Σ(2l+1)²,) of the log-likelihood of all frames, between the virtual cameras; or the grid.
+        answer: the delta_R (3, 3) that was given.
+        R_fixed_camera: (3, 3) of the frame, or None.
+        R_virtual_camera: (3, 3) of the frame's crop.
+        stamp: seconds, or None.
+    """
+
+    registered: RegisteredObject
+    prior: Prior
+    told: Tensor | _Grid
     answer: Array
-    seen_from: Array | None
+    R_fixed_camera: Array | None
+    R_virtual_camera: Array
     stamp: float | None
 
 
@@ -113,78 +139,126 @@ class Tracker:
                 None if it is not known.
         """
         alone = estimate.distribution
-        likelihood = np.log(np.maximum(alone.probabilities, 1e-300)) - np.log(
-            np.where(alone.prior_probabilities > 0, alone.prior_probabilities, np.inf)
-        )
+        told: Tensor | _Grid | None = registered.harmonics(query)
+        if told is None:
+            told = _Grid(alone.rotations, alone.probabilities, R_fixed_camera, query.crop.R_virtual_camera)
         before = self._beliefs.get(registered.object_id)
         seconds = _FRAME_TIME
         if before is not None and before.stamp is not None and stamp is not None:
             seconds = stamp - before.stamp
-        if before is not None and (
-            before.registered is not registered
-            or before.prior != estimate.prior
-            or len(before.rotations) != len(alone.rotations)
-            or not 0 <= seconds <= _LONGEST_GAP
-        ):
-            before = None
-        anchor = (R_fixed_camera, query.crop.R_virtual_camera, alone.rotations)
-        if before is None:
-            fused = alone
-        else:
-            fixed = R_fixed_camera is not None and before.R_fixed_camera is not None
-            if not fixed:  # a fast camera turns far between frames, and nobody tells how far
-                seconds = max(seconds, _FRAME_TIME)
-            carried, around = _carried(before, query, alone, seconds, R_fixed_camera)
-            if carried is None:
-                carried = before.probabilities
-                anchor = (before.R_fixed_camera, before.R_virtual_camera, before.rotations)
-            lost = 1 - np.exp(-seconds / _SURPRISE)
-            believed = (1 - lost) * carried + lost * alone.prior_probabilities
-            fading = 1 - np.exp(-seconds / (_FADING_FIXED if fixed else _FADING_FREE))
-            worth = fading + min(around / _INDEPENDENT, 1.0)
-            with np.errstate(divide="ignore"):
-                logits = (1 - fading) * np.log(believed) + worth * likelihood
-            logits[alone.prior_probabilities == 0] = -np.inf
-            weights = np.exp(logits - logits.max())
-            fused = RotationDistribution(
-                alone.rotations, weights / weights.sum(), alone.prior_probabilities, alone.spacing
-            )
         modes, pose = alone.modes, estimate
-        if before is not None:
-            modes = _faithful(fused.modes, _motion(before.seen_from, R_fixed_camera) @ before.answer)
+        if (
+            before is not None
+            and before.registered is registered
+            and before.prior == estimate.prior
+            and 0 <= seconds <= _LONGEST_GAP
+        ):
+            motion = _motion(before.R_fixed_camera, R_fixed_camera)
+            known = R_fixed_camera is not None and before.R_fixed_camera is not None
+            if not known:  # a fast camera turns far between frames, and nobody tells how far
+                seconds = max(seconds, _FRAME_TIME)
+            independent = float(np.radians(registered.predictor.errors.independent_deg))
+            if isinstance(told, Tensor):
+                assert isinstance(before.told, Tensor)  # of the same object
+                turn = query.crop.R_virtual_camera @ motion @ before.R_virtual_camera.T
+                told = added(before.told, told, turn, seconds, known, independent)
+                fused = registered.distribution_of(told, query, estimate.prior)
+            else:
+                assert isinstance(before.told, _Grid)
+                fused, told = _multiplied(before.told, told, alone, seconds, known, independent)
+            modes = _faithful(fused.modes, motion @ before.answer)
+            if isinstance(told, Tensor):
+                modes = (_sharp(modes[0], told, query, registered, estimate.prior), *modes[1:])
             pose = registered.pose_in(query, fused, estimate.similarity, estimate.prior)
             found = Refined("tracking", modes, rotation_covariance(fused, modes[0].R))
             reference = registered.reference_at(fused.mode.R, query.crop.R_virtual_camera)
             pose = moved(pose, found, reference)
-        R_anchor, virtual_anchor, rotations = anchor
         self._beliefs[registered.object_id] = _Belief(
             registered=registered,
             prior=estimate.prior,
-            rotations=rotations,
-            probabilities=fused.probabilities,
-            R_fixed_camera=R_anchor,
-            R_virtual_camera=virtual_anchor,
+            told=told,
             answer=modes[0].R,
-            seen_from=R_fixed_camera,
+            R_fixed_camera=R_fixed_camera,
+            R_virtual_camera=query.crop.R_virtual_camera,
             stamp=stamp,
         )
         return pose
 
 
+def _weights(seconds: float, known: bool, around: float, independent: float) -> tuple[float, float]:
+    """By how much belief fades, and what a frame is worth that looks from ``around`` radians further on.
+
+    Views ``independent`` radians apart err independently (``ErrorModel``).
+    """
+    fading = 1 - float(np.exp(-seconds / (_FADING_FIXED if known else _FADING_FREE)))
+    return fading, fading + min(around / independent, 1.0)
+
+
+def added(before: Tensor, now: Tensor, turn: Array, seconds: float, known: bool, independent: float) -> Tensor:
+    """Harmonics (Σ(2l+1)²,) of belief after a frame.
+
+    Args:
+        before: of belief until then.
+        now: of this frame's log-likelihood.
+        turn: (3, 3) from that frame's virtual camera to this one's.
+        seconds: between them.
+        known: whether the camera's motion is.
+        independent: how far apart views are that err independently, radians.
+    """
+    carried = turn_harmonics(before, torch.from_numpy(turn))
+    # As the virtual cameras see it: panning past an object, or rolling, is no other view of it.
+    around = float(np.arccos(np.clip(turn[2, 2], -1, 1))) if known else 0.0
+    if not known:
+        carried = blur_harmonics(carried, _WANDERING * float(np.sqrt(seconds)))
+    fading, worth = _weights(seconds, known, around, independent)
+    return (1 - fading) * carried + worth * now
+
+
+def _sharp(mode: Mode, told: Tensor, query: Query, registered: RegisteredObject, prior: Prior) -> Mode:
+    """A mode at the very peak of a belief that may be sharper than the grid, if one is within the grid's reach."""
+    left, right = query.crop.R_virtual_camera, registered.R_virtual_camera.T
+    likelihood = HarmonicObjective(told.double().cpu(), bandwidth_of(len(told)))
+    freedom = Freedom(prior, registered.gravity_virtual, query.gravity_virtual)
+    peak = left.T @ climb(likelihood, (left @ mode.R @ right)[None], freedom)[0][0] @ right.T
+    return replace(mode, R=peak) if geodesic_distance(peak, mode.R) < _PEAK_REACH else mode
+
+
+def _multiplied(
+    before: _Grid, now: _Grid, alone: RotationDistribution, seconds: float, known: bool, independent: float
+) -> tuple[RotationDistribution, _Grid]:
+    """The same on a grid: what is believed after a frame, and what to carry on."""
+    carried, around = _carried(before, now, alone, seconds, known)
+    anchor = now
+    if carried is None:
+        carried, anchor = before.probabilities, before
+    lost = 1 - np.exp(-seconds / _SURPRISE)
+    believed = (1 - lost) * carried + lost * alone.prior_probabilities
+    fading, worth = _weights(seconds, known, around, independent)
+    allowed = alone.prior_probabilities > 0
+    likelihood = np.log(np.maximum(alone.probabilities, 1e-300)) - np.log(
+        np.where(allowed, alone.prior_probabilities, np.inf)
+    )
+    with np.errstate(divide="ignore"):
+        logits = (1 - fading) * np.log(believed) + worth * likelihood
+    logits[~allowed] = -np.inf
+    weights = np.exp(logits - logits.max())
+    fused = replace(alone, probabilities=weights / weights.sum())
+    return fused, replace(anchor, probabilities=fused.probabilities)
+
+
 def _carried(
-    before: _Belief, query: Query, alone: RotationDistribution, seconds: float, R_fixed_camera: Array | None
+    before: _Grid, now: _Grid, alone: RotationDistribution, seconds: float, known: bool
 ) -> tuple[Array | None, float]:
     """Belief (N,) on this frame's rotations, and by how much the camera went around the object, radians.
 
     None in place of belief if next to nothing moved, so that it can stay with the rotations of the same index: sharing
     among neighbours blurs.
     """
-    motion, around = _motion(before.R_fixed_camera, R_fixed_camera), 0.0
-    if R_fixed_camera is None or before.R_fixed_camera is None:
+    motion, around = _motion(before.R_fixed_camera, now.R_fixed_camera), 0.0
+    if not known:
         width = float(np.hypot(_BLUR * alone.spacing, _WANDERING * np.sqrt(seconds)))
     else:
-        # As the virtual cameras see it: panning past an object, or rolling, is no other view of it.
-        seen = query.crop.R_virtual_camera @ motion @ before.R_virtual_camera.T
+        seen = now.R_virtual_camera @ motion @ before.R_virtual_camera.T
         if geodesic_distance(seen, np.eye(3)) < _UNMOVED * alone.spacing:
             return None, 0.0
         around = float(np.arccos(np.clip(seen[2, 2], -1, 1)))

@@ -13,10 +13,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nope_ros.correspondence import CORRESPONDENCE_WEIGHTS, constrained, rolled
+from nope_ros.correspondence import CORRESPONDENCE_WEIGHTS, rolled
 from nope_ros.crop import VirtualCamera, depth_through, look_through
 from nope_ros.estimator import PoseEstimator
 from nope_ros.evaluation.meshes import FIRST_UNSEEN_SEED, random_camera
+from nope_ros.evaluation.stages import Pair, StageError
 from nope_ros.frame import Frame
 from nope_ros.models.correspondence import (
     CorrespondenceConfig,
@@ -27,12 +28,15 @@ from nope_ros.models.correspondence import (
     project,
     solve,
 )
+from nope_ros.prior import constrained
 from nope_ros.rotations import exp, geodesic_distance, twist
 from nope_ros.training.procedural import procedural_object
 from nope_ros.training.render import render
 from nope_ros.training.render_cache import random_finish, random_lighting
+from nope_ros.training.trust import choose, held_out
 
 seeds = st.integers(0, 2**32 - 1)
+MESHES = Path(__file__).parents[2] / "shared/data/meshes/train"
 
 
 def random_pose(rng: np.random.Generator, size: float) -> RelativePose:
@@ -208,3 +212,36 @@ def test_an_untrained_network_moves_nothing() -> None:
     assert not valid[1].any()
     assert step.pose.R.isfinite().all() and step.log_sigma.isfinite().all()
     torch.testing.assert_close(step.pose.R, pose.R, atol=1e-5, rtol=0)
+
+
+def test_thresholds_are_as_wide_as_they_harm_nobody() -> None:
+    """Errors that grow with what was expected: what helps is believed, up to where too many become worse."""
+    rng = np.random.default_rng(0)
+
+    def error(rotation_deg: float) -> StageError:
+        return StageError(rotation_deg, 0.0, 0.0, 0.0, 0.0, float("nan"), 0.0)
+
+    pairs = []
+    for _ in range(400):
+        sigma = rng.uniform(2, 20)
+        offsets = abs(rng.normal()) * sigma
+        pairs.append(Pair("", {"template": error(8.0), "+ affine": error(7.9), "+ offsets": error(offsets)}, sigma))
+    chosen = choose(pairs, 0.08, axes=1)
+    assert chosen.worse_percent <= 8
+    assert 5 < chosen.offsets_deg < 15
+    assert chosen.affine_deg > 20  # it harms nobody, and helps a little
+    assert chosen.rotation_deg[1] < chosen.rotation_deg[0]
+    assert 0.8 < chosen.spread < 1.2
+    nothing = choose(pairs, 0.0)
+    assert nothing.worse_percent == 0
+    assert choose(pairs, 0.08, offsets=False).offsets_deg == 0
+    assert choose(pairs, 0.02, axes=1).offsets_deg < chosen.offsets_deg
+
+
+def test_what_is_held_out_is_not_trained_on() -> None:
+    """The same meshes by name as the cache holds out."""
+    if not MESHES.is_dir():
+        pytest.skip("../shared/data/meshes/train is not here")
+    names = held_out(MESHES)
+    assert 10 < len(names) < 80
+    assert names == held_out(MESHES)

@@ -3,6 +3,7 @@
 import os
 import resource
 import signal
+import subprocess
 import threading
 from dataclasses import replace
 
@@ -216,6 +217,21 @@ def test_an_object_comes_back_as_it_was(estimator, tmp_path):
         after = estimator.estimate(*query, back, prior=prior)
         np.testing.assert_array_equal(before.covariance, after.covariance)
         np.testing.assert_array_equal(before.t_camera_object, after.t_camera_object)
+
+
+def test_what_a_killed_process_left_half_written_goes_and_what_a_running_one_writes_stays(estimator, tmp_path):
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    old, fresh = tmp_path / f".a.object.safetensors.{gone.pid}.partial", tmp_path / ".b.object.safetensors.1.partial"
+    new = tmp_path / f".c.object.safetensors.{gone.pid}.partial"
+    for path in (old, fresh, new):
+        path.write_bytes(b"half")
+    for path in (old, fresh):
+        os.utime(path, (0, 0))
+    ObjectStore(tmp_path).load_all(estimator.predictor)
+    assert not old.exists(), "its process is gone"
+    assert fresh.exists(), "process 1 runs"
+    assert new.exists(), "written a moment ago, by a process of another machine perhaps"
 
 
 def test_a_damaged_or_foreign_file_is_reported_and_the_others_load(estimator, tmp_path):

@@ -5,18 +5,30 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.spatial.transform import Rotation
 
 from nope_ros import PoseEstimator
-from nope_ros.distribution import RotationDistribution
+from nope_ros.harmonics import degree_slices, wigner_d
 from nope_ros.latent import RotatedLatentPredictor
-from nope_ros.models.rotated_latent import RotatedLatentConfig, RotatedLatentNetwork
-from nope_ros.prior import PRIORS, hypotheses
+from nope_ros.match import TemplateBank
+from nope_ros.models.rotated_latent import (
+    RotatedLatentConfig,
+    RotatedLatentNetwork,
+    bandwidth_of,
+    blur_harmonics,
+    flatten_d,
+    turn_harmonics,
+)
+from nope_ros.prior import PRIORS, upright_rotations
 from nope_ros.rotations import exp, geodesic_distance, look_at
 from nope_ros.tracking import Tracker
 
 K = np.array([[300.0, 0, 159.5], [0, 300.0, 119.5], [0, 0, 1]])
 REFERENCE = look_at(np.array([1.0, 0.0, 0.6]))
-SIGMA = np.radians(8)
+# Together a peak of about 8°, as sharp as real ones.
+HEIGHT, WIDTH = 8.0, np.radians(20)
 
 
 def frame():
@@ -37,11 +49,36 @@ def estimator():
 
 @pytest.fixture(scope="module")
 def registered(estimator):
-    return estimator.register_frame(frame(), object_id="thing", gravity_camera=REFERENCE @ [0, 0, -1.0])
+    """An object whose latent says of a query's what the query's says: each harmonic in a channel of its own."""
+    thing = estimator.register_frame(frame(), object_id="thing", gravity_camera=REFERENCE @ [0, 0, -1.0])
+    latent = torch.zeros(estimator.predictor.latent_shape)
+    for part in degree_slices(8):
+        latent[part, : part.stop - part.start] = torch.eye(part.stop - part.start)
+    return replace(thing, latent=latent.flatten())
+
+
+@pytest.fixture(scope="module")
+def on_grid(registered):
+    """The same object, as if its templates were stored: the tracker is not told harmonics."""
+    thing = replace(registered)
+    bank = TemplateBank.predict(thing.predictor, thing.latent, upright_rotations(thing.gravity_virtual))
+    thing.__dict__["upright_bank"] = bank
+    assert thing.harmonics(None) is None
+    return thing
+
+
+def peaks(rotations, heights, width):
+    """Harmonics of a sum of bumps of these heights, nats, at rotations (K, 3, 3)."""
+    degrees = np.arange(9)
+    weight = (2 * degrees + 1) * np.exp(-degrees * (degrees + 1) * width**2 / 2)
+    weight /= weight @ (2 * degrees + 1)
+    blocks = wigner_d(torch.tensor(rotations, dtype=torch.float64), 8)
+    heights = torch.tensor(heights, dtype=torch.float64)
+    return [w * torch.einsum("k,kmn->mn", heights, block) for w, block in zip(weight, blocks, strict=True)]
 
 
 class Scene:
-    """An object on a table, a camera that walks around it, and a sensor that sees what a test says.
+    """An object on a table, a camera that walks around it, and latents that say what a test says.
 
     The crop of the frame looks along the optical axis, so that virtual and real camera are nearly one.
     """
@@ -63,22 +100,51 @@ class Scene:
         spin = exp(np.array([0, 0, object_yaw]))
         truth = R_camera_fixed @ spin @ REFERENCE.T
         down = R_camera_fixed @ [0, 0, -1.0]
-        gravity = None if self.prior == "free" else self.turn @ down
-        query = replace(self.look, gravity_virtual=gravity)
-        possible = hypotheses(self.prior, self.registered.gravity_virtual, gravity)
-        rotations = self.turn.T @ possible.rotations @ self.registered.R_virtual_camera
-        log_likelihood = np.full(len(rotations), -12.0)
-        for error, height in heights.items():
-            peak = R_camera_fixed @ spin @ exp(np.radians([0, 0, error])) @ REFERENCE.T
-            angle = geodesic_distance(rotations, peak)
-            log_likelihood = np.logaddexp(log_likelihood, height - 0.5 * (angle / SIGMA) ** 2)
-        seen = RotationDistribution.from_log_likelihood(
-            rotations, log_likelihood, possible.log_weight, possible.spacing
+        turns = exp(np.radians([[0, 0, error] for error in heights]))
+        seen = self.turn @ R_camera_fixed @ spin @ turns @ REFERENCE.T @ self.registered.R_virtual_camera.T
+        latent = torch.zeros(self.estimator.predictor.latent_shape)
+        found = peaks(seen, [HEIGHT + height for height in heights.values()], WIDTH)
+        for part, block in zip(degree_slices(8), found, strict=True):
+            latent[part, : len(block)] = block * self.registered.temperature
+        query = replace(
+            self.look, latent=latent.flatten(), gravity_virtual=None if self.prior == "free" else self.turn @ down
         )
-        alone = self.registered.pose_in(query, seen, 1.0, self.prior)
+        alone = self.estimator.match(query, self.registered, self.prior)
         self.time += seconds
         pose = self.tracker.update(query, self.registered, alone, self.time, R_camera_fixed.T if known else None)
         return pose, np.degrees(geodesic_distance(pose.delta_R, truth))
+
+
+def value(harmonics, rotations):
+    D = flatten_d(wigner_d(torch.from_numpy(rotations), bandwidth_of(len(harmonics))))
+    return (D @ harmonics).numpy()
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(0, 5))
+@settings(max_examples=20, deadline=None)
+def test_harmonics_are_turned_exactly(seed, bandwidth):
+    rng = np.random.default_rng(seed)
+    count = sum((2 * degree + 1) ** 2 for degree in range(bandwidth + 1))
+    assert bandwidth_of(count) == bandwidth
+    harmonics = torch.from_numpy(rng.normal(size=count))
+    turn, *places = Rotation.random(6, rng=rng).as_matrix()
+    np.testing.assert_allclose(
+        value(turn_harmonics(harmonics, torch.from_numpy(turn)), turn @ places), value(harmonics, np.array(places))
+    )
+
+
+def test_blurred_harmonics_are_the_mean_over_a_random_walk():
+    rng = np.random.default_rng(0)
+    harmonics = torch.from_numpy(rng.normal(size=84))
+    place = Rotation.random(rng=rng).as_matrix()
+    angle = 0.2
+    steps = exp(rng.normal(0, angle / 2, (4, 40000, 3)))  # four steps of half the size
+    walked = steps[0] @ steps[1] @ steps[2] @ steps[3] @ place
+    mean = value(harmonics, walked)
+    error = mean.std() / np.sqrt(len(mean))
+    blurred = value(blur_harmonics(harmonics, angle), place[None])[0]
+    assert abs(mean.mean() - blurred) < 5 * error
+    assert abs(value(harmonics, place[None])[0] - blurred) > 10 * error
 
 
 @pytest.mark.parametrize("prior", PRIORS)
@@ -94,6 +160,25 @@ def test_an_ambiguous_view_inherits_what_an_earlier_one_told(estimator, register
     assert pose.stage == "tracking" and pose.prior == prior
     alone, error = Scene(estimator, registered, prior).see(3.0, {0: 0.0, 180: 0.3})
     assert error > 150 and alone.stage == "template"
+
+
+@pytest.mark.parametrize("prior", ["upright", "standing"])
+def test_a_likelihood_without_harmonics_is_followed_on_its_grid(estimator, on_grid, prior):
+    scene = Scene(estimator, on_grid, prior)
+    for azimuth in np.arange(0, 1.2, 0.15):
+        scene.see(azimuth, {0: 0.0})
+    errors = [scene.see(azimuth, {0: 0.0, 180: 0.3})[1] for azimuth in np.arange(1.2, 2.4, 0.15)]
+    assert max(errors) < 20
+
+
+@pytest.mark.parametrize("prior", PRIORS)
+def test_a_known_motion_costs_no_sharpness(estimator, registered, prior):
+    scene = Scene(estimator, registered, prior)
+    first, _ = scene.see(0.0, {0: 0.0})
+    for azimuth in np.arange(0.1, 1, 0.1):
+        last, error = scene.see(azimuth, {0: 0.0})
+    assert error < 1
+    assert last.covariance[3:, 3:].trace() < first.covariance[3:, 3:].trace()
 
 
 @pytest.mark.parametrize("known", [True, False])

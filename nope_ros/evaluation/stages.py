@@ -1,7 +1,9 @@
-"""What each stage of the correspondence refiner adds: ``python -m nope_ros.evaluation.stages photos|meshes DIR``.
+"""What each stage of the correspondence refiner adds: ``python -m nope_ros.evaluation.stages KIND [DIR]``.
 
 Rows are the templates alone, with what a 2D affine can say, with offsets, and what the estimator answers, which takes
-either, or neither, by the error that the network expects. Rotation, roll and harm are judged where the templates are
+either, or neither, by the error that the network expects. With ``--depth``, references and queries are seen by a depth
+camera: then also with offsets fitted in depth, with the templates' answer slid onto the surface, and the answer is the
+one of all these whose surfaces fit best. Rotation, roll and harm are judged where the templates are
 right (within 20°, modulo the object's symmetry): what is lost before cannot be refined. With ``--mesh-templates``
 objects are registered from their meshes, in place of one image each.
 """
@@ -12,7 +14,7 @@ import argparse
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,21 +27,22 @@ from scipy.spatial import KDTree
 from nope_ros.correspondence import CorrespondenceRefiner
 from nope_ros.crop import Crop
 from nope_ros.estimator import PoseEstimator, RegisteredObject
-from nope_ros.evaluation.meshes import MESH_SUFFIXES, mesh_set
+from nope_ros.evaluation.meshes import MESH_SUFFIXES, RADIUS_WITH_DEPTH, mesh_set, procedural_set
 from nope_ros.evaluation.photos import photo_set
 from nope_ros.evaluation.protocol import EvaluationObject, EvaluationSet, View
 from nope_ros.frame import Frame, InputError
 from nope_ros.pose import PoseEstimate
 from nope_ros.prior import PRIORS, Prior
-from nope_ros.refine import moved
+from nope_ros.refine import Refined, moved
 from nope_ros.rotations import twist
+from nope_ros.settle import Settling
 from nope_ros.training.mesh import load_mesh
 
 Array = NDArray[np.float64]
 
 RIGHT_DEG = 20.0
 HARM_DEG = 2.0
-ROWS = ("template", "+ affine", "+ offsets", "answer")
+TEMPLATE, ANSWER = "template", "answer"
 
 
 @dataclass(frozen=True)
@@ -67,16 +70,16 @@ class StageError:
 
 @dataclass(frozen=True)
 class Pair:
-    """What the stages say of one query: an error for each of ``ROWS``, and what the network expected."""
+    """What the stages say of one query: an error for each row, in order, and what the network expected."""
 
     object_name: str
-    errors: tuple[StageError, ...]
+    errors: dict[str, StageError]
     sigma_deg: float
 
     @property
     def right(self) -> bool:
         """Whether the template was."""
-        return self.errors[0].rotation_deg < RIGHT_DEG
+        return self.errors[TEMPLATE].rotation_deg < RIGHT_DEG
 
 
 @dataclass(frozen=True)
@@ -94,14 +97,14 @@ class StageFigures:
     p95_ms: float
 
     @classmethod
-    def of(cls, pairs: Sequence[Pair], row: int) -> StageFigures:
+    def of(cls, pairs: Sequence[Pair], row: str) -> StageFigures:
         """Of the queries whose template is right; ADD recall and time are of all."""
         right = [pair for pair in pairs if pair.right]
 
         def median(name: str) -> float:
             return float(np.median([getattr(pair.errors[row], name) for pair in right])) if right else float("nan")
 
-        worse = [pair.errors[row].rotation_deg > pair.errors[0].rotation_deg + HARM_DEG for pair in right]
+        worse = [pair.errors[row].rotation_deg > pair.errors[TEMPLATE].rotation_deg + HARM_DEG for pair in right]
         seconds = [pair.errors[row].seconds for pair in pairs]
         add = np.array([pair.errors[row].add for pair in pairs])
         return cls(
@@ -164,8 +167,9 @@ def judge(
     frame: Frame,
     prior: Prior,
     model: _Model,
+    settle: bool = True,
 ) -> Pair:
-    """All stages of one query."""
+    """All stages of one query; ``settle`` says whether depth of the query is used."""
     begin = time.perf_counter()
     seen = estimator.look(frame, None if prior == "free" else query.gravity_camera)
     template = estimator.match(seen, registered, prior)
@@ -173,14 +177,31 @@ def judge(
     found = refiner.look(seen, registered, template)
     looked = time.perf_counter() - begin
     reference = registered.reference_at(template.delta_R, seen.crop.R_virtual_camera)
+
+    def after(estimate: PoseEstimate, refined: Refined | None) -> PoseEstimate:
+        return estimate if refined is None else moved(estimate, refined, reference)
+
     affine, offsets = (
-        moved(template, refiner.answer(seen, registered, template, found, stage), reference)
-        for stage in ("affine", "offsets")
+        after(template, refiner.answer(seen, registered, template, found, stage)) for stage in ("affine", "offsets")
     )
     stage = refiner.stage(registered, template, found)
     answer = {"affine": affine, "offsets": offsets}.get(stage or "", template)
-    poses = ((template, matched), (affine, looked), (offsets, looked), (answer, looked))
-    errors = tuple(_error(pose, query, seen.crop, evaluated, model, seconds) for pose, seconds in poses)
+    rows = {"template": (template, matched), "+ affine": (affine, looked), "+ offsets": (offsets, looked)}
+    if settle and frame.depth is not None:
+        # Where too little of it is known, all stays as it was without.
+        settling = Settling.of(seen, registered)
+        fitted = refiner.fitted(seen, registered, template, found)
+        in_depth = None if fitted is None else refiner.answer_in_depth(seen, registered, template, found, fitted)
+        rows["+ depth"] = (after(template, in_depth), time.perf_counter() - begin)
+        begin = time.perf_counter() - matched
+        on_surface = template if settling is None else settling.best(template, [])
+        rows["template + surface"] = (on_surface, time.perf_counter() - begin)
+        if settling is not None:
+            begin = time.perf_counter() - matched
+            answer = settling.best(template, refiner.proposals(seen, registered, template))
+            looked = time.perf_counter() - begin
+    rows["answer"] = (answer, looked)
+    errors = {row: _error(pose, query, seen.crop, evaluated, model, seconds) for row, (pose, seconds) in rows.items()}
     return Pair(evaluated.name, errors, float(np.degrees(found.sigma)))
 
 
@@ -191,6 +212,8 @@ def judge_set(
     prior: Prior,
     *,
     mesh_folder: Path | None = None,
+    depth: bool = False,
+    settle: bool = True,
     within_deg: float = 90.0,
     progress: bool = False,
 ) -> Iterator[Pair]:
@@ -202,6 +225,8 @@ def judge_set(
         refiner: follows.
         prior: what is known of gravity.
         mesh_folder: that the set is of, if objects are registered from their meshes; else from the reference views.
+        depth: whether the set has depth, and objects that are not of radius one for it.
+        settle: whether the queries' depth is used.
         within_deg: most that the directions of view of reference and query are apart, without a mesh.
         progress: show a bar.
     """
@@ -210,6 +235,8 @@ def judge_set(
         model, whole = _Model(None), None
         if mesh_folder is not None:
             mesh = load_mesh(_file(mesh_folder, evaluated.name)).normalised()[0]
+            if depth:
+                mesh = replace(mesh, vertices=mesh.vertices * np.float32(RADIUS_WITH_DEPTH))
             step = max(1, len(mesh.vertices) // 500)
             model = _Model(mesh.vertices[::step].astype(np.float64))
             down = None if prior == "free" else np.array([0.0, 0.0, -1.0])
@@ -235,7 +262,7 @@ def judge_set(
             except InputError:
                 continue
             registered = whole or known[first]
-            yield judge(estimator, refiner, registered, evaluated, query, frames[second], prior, model)
+            yield judge(estimator, refiner, registered, evaluated, query, frames[second], prior, model, settle)
 
 
 def _file(folder: Path, name: str) -> Path:
@@ -252,8 +279,8 @@ def table(pairs: Sequence[Pair], title: str) -> Table:
     drawn.add_column("")
     for field in fields(StageFigures):
         drawn.add_column(field.name.replace("_percent", " %").replace("_deg", " °").replace("_", " "), justify="right")
-    for number, row in enumerate(ROWS):
-        figures = StageFigures.of(pairs, number)
+    for row in pairs[0].errors:
+        figures = StageFigures.of(pairs, row)
         drawn.add_row(row, *(f"{value:.2f}" if value == value else "–" for value in asdict(figures).values()))
     return drawn
 
@@ -261,10 +288,14 @@ def table(pairs: Sequence[Pair], title: str) -> Table:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=("photos", "meshes"))
-    parser.add_argument("dir", type=Path)
+    parser.add_argument("kind", choices=("photos", "meshes", "procedural"))
+    parser.add_argument("dir", type=Path, nargs="?", help="of photographs or meshes")
     parser.add_argument("--protocol", choices=PRIORS, default="free")
     parser.add_argument("--mesh-templates", action="store_true", help="register from meshes, not from one image each")
+    parser.add_argument(
+        "--depth", action="store_true", help="references and queries have depth, as measured by a camera"
+    )
+    parser.add_argument("--count", type=int, default=20, help="procedural objects (%(default)s)")
     parser.add_argument("--objects", type=lambda text: text.split(","), metavar="A,B,...")
     parser.add_argument("--pairs", type=int, default=10, help="most queries of an object (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
@@ -274,23 +305,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.mesh_templates and given.kind != "meshes":
         parser.error("--mesh-templates needs meshes")
+    if (given.dir is None) != (given.kind == "procedural"):
+        parser.error("photos and meshes need a folder, procedural has none")
+    if given.depth and given.kind == "photos":
+        parser.error("--depth: the photographs have none")
     estimator = PoseEstimator.from_pretrained(given.predictor)
     refiner = CorrespondenceRefiner.from_pretrained(given.refiner)
     if given.kind == "photos":
         found = photo_set(given.dir, given.seed, objects=given.objects, pairs=given.pairs)
+    elif given.kind == "procedural":
+        found = procedural_set(
+            given.seed, protocols=(given.protocol,), count=given.count, pairs=given.pairs, depth=given.depth
+        )
     else:
-        found = mesh_set(given.dir, given.seed, protocols=(given.protocol,), objects=given.objects, pairs=given.pairs)
+        found = mesh_set(
+            given.dir,
+            given.seed,
+            protocols=(given.protocol,),
+            objects=given.objects,
+            pairs=given.pairs,
+            depth=given.depth,
+        )
     folder = given.dir if given.mesh_templates else None
-    pairs = list(judge_set(found, estimator, refiner, given.protocol, mesh_folder=folder, progress=True))
+    pairs = list(
+        judge_set(found, estimator, refiner, given.protocol, mesh_folder=folder, depth=given.depth, progress=True)
+    )
     if not pairs:
         print("nothing was evaluated: the set has no pairs for this protocol")
         return 1
     mode = "mesh templates" if given.mesh_templates else "one image"
+    mode += ", depth" if given.depth else ""
     console = Console()
     console.width = max(console.width, 150)
     console.print(table(pairs, f"{given.kind}, {given.protocol}, {mode}"))
     if given.json is not None:
-        rows = {row: asdict(StageFigures.of(pairs, number)) for number, row in enumerate(ROWS)}
+        rows = {row: asdict(StageFigures.of(pairs, row)) for row in pairs[0].errors}
         given.json.write_text(json.dumps({"rows": rows, "queries": [asdict(pair) for pair in pairs]}, indent=1) + "\n")
     return 0
 
