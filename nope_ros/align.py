@@ -1,7 +1,8 @@
 """Two registered objects, or two recordings of one, brought into one frame by the similarity that fits both best.
 
 After Sommer et al. ("Unsupervised Learning of Category-Level 3D Pose from Object-Centric Videos", CVPR 2024): a surface
-with a feature at each point, here a visual hull's radius and our latent's value in 162 directions. A point's *cycle* is
+with features at each point, here a visual hull's radius and our latent's value in 162 directions, or what a network of
+the user's shows there in each view. A point's *cycle* is
 how far it ends from where it began when its best match by appearance in the other object is matched back; points that
 return count more. Hypotheses come from four matched points, and from the correlation of the two latents, which for a
 latent that turns is one product over all rotations.
@@ -9,14 +10,15 @@ latent that turns is one product over all rotations.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.spatial import cKDTree
 
 from nope_ros.estimator import RegisteredObject
+from nope_ros.features import FeatureExtractor
 from nope_ros.frame import InputError
 from nope_ros.harmonics import spherical_harmonics, wigner_d
 from nope_ros.latent import RotatedLatentPredictor
@@ -31,7 +33,7 @@ Array = NDArray[np.float64]
 GEOMETRY, APPEARANCE = 0.8, 0.2
 CYCLE_SCALE = 0.9
 """In shares of the object's extent (Sommer et al.)."""
-GATE = 0.72
+GATE = 0.73
 """Least score at which two objects are taken to be of one kind; see docs/video.md for how it was chosen."""
 _HYPOTHESES = 200
 _NEAR = 0.1  # of the extent: a distance at which two surfaces count as half equal
@@ -64,43 +66,79 @@ class Alignment:
 
 @dataclass(frozen=True)
 class Surface:
-    """Points (N, 3) and unit features (N, C) of an object, its extent, and its latent in its own frame."""
+    """What two objects are compared by.
+
+    Attributes:
+        points: (N, 3) of the hull.
+        features: (N, V, C) unit features of each point, as each of V views shows it; ours is one for all views.
+        seen: (N, V) whether the view shows the point.
+        extent: of the object, in the unit of the points.
+        latent: ((L+1)², C) in the object's frame.
+    """
 
     points: Array
     features: Array
+    seen: NDArray[np.bool_]
     extent: float
     latent: torch.Tensor
 
     @classmethod
-    def of(cls, registered: RegisteredObject) -> Surface:
+    def of(cls, registered: RegisteredObject, extractor: FeatureExtractor | None = None) -> Surface:
         """Of an object registered from a walk.
 
+        Args:
+            registered: the object.
+            extractor: what places look like to it; to the latent's own network if there is none.
+
         Raises:
-            InputError: if it was registered otherwise.
+            InputError: if it was registered otherwise, or before crops were kept, which an extractor needs.
         """
         keyframes = registered.keyframes
+        name = f"'{registered.object_id}'"
         if keyframes is None or not isinstance(registered.predictor, RotatedLatentPredictor):
-            raise InputError(f"'{registered.object_id}' was not registered from a walk, so its back is unknown")
+            raise InputError(f"{name} was not registered from a walk, so its back is unknown")
         latent = common_latents(registered.predictor, keyframes.latents, keyframes.R_virtual_object).mean(dim=0)
-        bandwidth = round(latent.shape[0] ** 0.5) - 1
-        features = spherical_harmonics(HULL_DIRECTIONS, bandwidth) @ latent.cpu().double().numpy()
-        features = features - features.mean(axis=0)  # what all places share tells none of them apart
-        features /= np.linalg.norm(features, axis=1, keepdims=True) + 1e-12
         points = keyframes.hull[:, None] * HULL_DIRECTIONS
         extent = float(2 * np.percentile(keyframes.hull, 90))  # of a plate too, which reaches far in few directions
         if extent <= 0:
-            raise InputError(f"'{registered.object_id}': its outlines contradict each other; register it again")
-        return cls(points, features, extent, latent.cpu())
+            raise InputError(f"{name}: its outlines contradict each other; register it again")
+        if extractor is None:
+            bandwidth = round(latent.shape[0] ** 0.5) - 1
+            features = spherical_harmonics(HULL_DIRECTIONS, bandwidth) @ latent.cpu().double().numpy()
+            features = features - features.mean(axis=0)  # what all places share tells none of them apart
+            features /= np.linalg.norm(features, axis=1, keepdims=True) + 1e-12
+            features, seen = features[:, None], np.ones((len(points), 1), dtype=bool)
+        else:
+            if keyframes.crops is None or keyframes.seen_at is None:
+                raise InputError(f"{name} was registered before its views were kept; register it again")
+            # A mean of what several views show of a place is like none of them: all are kept (Sommer et al.).
+            found = extractor.at(keyframes.crops, keyframes.seen_at).double().numpy()
+            features, seen = np.swapaxes(found, 0, 1), np.isfinite(keyframes.seen_at[..., 0]).T
+        return cls(points, features, seen, extent, latent.cpu())
+
+    def likeness(self, other: Surface) -> Array:
+        """How alike places look, −1..1: (N, M), of the two views that show them most alike; −1 if none shows one."""
+        products = np.einsum("nvc,mwc->nmvw", self.features, other.features, optimize=True)
+        both = self.seen[:, None, :, None] & other.seen[None, :, None, :]
+        best: Array = np.where(both, products, -1.0).max(axis=(2, 3))
+        return best
 
 
 def align(
-    a: RegisteredObject, b: RegisteredObject, *, cycles: bool = True, gate: float = GATE, seed: int = 0
+    a: RegisteredObject,
+    b: RegisteredObject,
+    *,
+    extractor: FeatureExtractor | None = None,
+    cycles: bool = True,
+    gate: float = GATE,
+    seed: int = 0,
 ) -> Alignment:
     """Lay object b over object a.
 
     Args:
         a: stays where it is.
         b: is moved.
+        extractor: of features; the latent's own network by default.
         cycles: weight points by how well they return; False is for comparison.
         gate: least score that is accepted.
         seed: draws the four-point hypotheses.
@@ -108,61 +146,93 @@ def align(
     Raises:
         InputError: if one of them was not registered from a walk.
     """
-    return align_surfaces(Surface.of(a), Surface.of(b), cycles=cycles, gate=gate, seed=seed)
+    return align_surfaces(Surface.of(a, extractor), Surface.of(b, extractor), cycles=cycles, gate=gate, seed=seed)
 
 
-def align_surfaces(a: Surface, b: Surface, *, cycles: bool = True, gate: float = GATE, seed: int = 0) -> Alignment:
-    """As ``align``."""
+def align_surfaces(
+    a: Surface, b: Surface, *, cycles: bool = True, by_latents: bool = True, gate: float = GATE, seed: int = 0
+) -> Alignment:
+    """As ``align``; without ``by_latents`` as published: the latents' correlation neither proposes nor chooses."""
     rng = np.random.default_rng(seed)
-    similar = a.features @ b.features.T
+    similar = a.likeness(b)
     to_b, to_a = similar.argmax(axis=1), similar.argmax(axis=0)
-    cycle_a = np.linalg.norm(a.points - a.points[to_a[to_b]], axis=1) / a.extent
-    cycle_b = np.linalg.norm(b.points - b.points[to_b[to_a]], axis=1) / b.extent
-    weight_a, weight_b = (np.exp(-one / CYCLE_SCALE) if cycles else np.ones(len(one)) for one in (cycle_a, cycle_b))
-    trees = cKDTree(a.points), cKDTree(b.points)
+    weight_a = _weights(a, to_a[to_b], cycles)
+    weight_b = _weights(b, to_b[to_a], cycles)
+    points_a = torch.from_numpy(a.points)
+    every_a, every_b = np.arange(len(a.points)), np.arange(len(b.points))
 
-    def judge(scale: float, R: Array, t: Array) -> tuple[float, float, float]:
-        moved, back = scale * b.points @ R.T + t, (a.points - t) @ R / scale
-        distance_b, near_a = trees[0].query(moved)
-        distance_a, near_b = trees[1].query(back)
-        fit_b = 1 / (1 + (distance_b / (_NEAR * a.extent)) ** 2)
-        fit_a = 1 / (1 + (distance_a / (_NEAR * b.extent)) ** 2)
-        alike_b = np.einsum("nc,nc->n", b.features, a.features[near_a])
-        alike_a = np.einsum("nc,nc->n", a.features, b.features[near_b])
-        geometry = 0.5 * (np.average(fit_b, weights=weight_b) + np.average(fit_a, weights=weight_a))
-        appearance = 0.5 * (np.average(alike_b, weights=weight_b) + np.average(alike_a, weights=weight_a))
-        return float(GEOMETRY * geometry + APPEARANCE * appearance), float(geometry), float(appearance)
+    def judge(those: _Similarities) -> tuple[Array, Array, Array]:
+        moved = torch.from_numpy(those.scale[:, None, None] * np.einsum("hij,nj->hni", those.R, b.points))
+        moved = moved + torch.from_numpy(those.t)[:, None]
+        # (H, M, N): of every point of b, laid over a, to every point of a.
+        distance = torch.cdist(moved, points_a.expand(len(moved), -1, -1), compute_mode="donot_use_mm_for_euclid_dist")
+        to_nearest_a, nearest_a = (one.numpy() for one in distance.min(dim=2))
+        to_nearest_b, nearest_b = (one.numpy() for one in distance.min(dim=1))
+        fit_b = 1 / (1 + (to_nearest_a / (_NEAR * a.extent)) ** 2)
+        fit_a = 1 / (1 + (to_nearest_b / those.scale[:, None] / (_NEAR * b.extent)) ** 2)
+        alike_b, alike_a = similar[nearest_a, every_b], similar[every_a, nearest_b]
+        geometry = 0.5 * (fit_b @ weight_b + fit_a @ weight_a)
+        appearance = 0.5 * (alike_b @ weight_b + alike_a @ weight_a)
+        return GEOMETRY * geometry + APPEARANCE * appearance, geometry, appearance
 
-    candidates = [_about_centre(a, b, R) for R in _by_correlation(a, b)]
+    found = [_about_centre(a, b, R) for R in _by_correlation(a, b)] if by_latents else []
     for _ in range(_HYPOTHESES):
-        four = rng.choice(len(b.points), 4, replace=False, p=weight_b / weight_b.sum())
-        found = _umeyama(b.points[four], a.points[to_a[four]])
-        if found is not None and 0.5 < found[0] * b.extent / a.extent < 2:
-            candidates.append(found)
+        four = rng.choice(len(b.points), 4, replace=False, p=weight_b)
+        one = _umeyama(b.points[four], a.points[to_a[four]])
+        if one is not None and 0.5 < one[0] * b.extent / a.extent < 2:
+            found.append(one)
+    candidates = _Similarities.of(found or [_about_centre(a, b, np.eye(3))])
     both = correlation(a.latent[None], b.latent[None])[0] / (_self_product(a) * _self_product(b)) ** 0.5
 
     def cosines(rotations: Array) -> Array:
         turned = flatten_d(wigner_d(torch.tensor(rotations, dtype=torch.float32), _bandwidth(a)))
         return np.asarray((turned @ both).double().numpy())
 
-    agreement = cosines(np.stack([R for _, R, _ in candidates]))
-    # The surfaces alone took many a chair's back for its front, and the latents' correlation alone many a shelf's.
-    scored = [judge(*one)[0] + cosine for one, cosine in zip(candidates, agreement, strict=True)]
-    best = candidates[int(np.argmax(scored))]
+    scored = judge(candidates)[0]
+    if by_latents:
+        # The surfaces alone took many a chair's back for its front, and the latents' correlation alone many a shelf's.
+        scored = scored + cosines(candidates.R)
+    best = candidates.one(int(np.argmax(scored)))
+    signs = np.concatenate([np.eye(3), -np.eye(3)])
     for step in (0.15, 0.07, 0.03):  # radians, shares of the extent
         for _ in range(4):
-            around = [best]
-            for axis in np.concatenate([np.eye(3), -np.eye(3)]):
-                around.append((best[0], exp(step * axis) @ best[1], best[2]))
-                around.append((best[0], best[1], best[2] + 0.3 * step * a.extent * axis))
-            around += [(best[0] * (1 + sign * step), best[1], best[2]) for sign in (-1, 1)]
-            better = max(around, key=lambda one: judge(*one)[0])
-            if better is best:
+            scale, R, t = best
+            around = [best, *((scale, exp(step * axis) @ R, t) for axis in signs)]
+            around += [(scale, R, t + 0.3 * step * a.extent * axis) for axis in signs]
+            around += [(scale * (1 + sign * step), R, t) for sign in (-1, 1)]
+            better = int(np.argmax(judge(_Similarities.of(around))[0]))
+            if better == 0:
                 break
-            best = better
-    score, geometry, appearance = judge(*best)
+            best = around[better]
+    score, geometry, appearance = (float(one[0]) for one in judge(_Similarities.of([best])))
     cosine = float(cosines(best[1][None])[0])
     return Alignment(*best, geometry, appearance, score, cosine, score >= gate)
+
+
+@dataclass(frozen=True)
+class _Similarities:
+    """scale (H,), R (H, 3, 3), t (H, 3) of many: x_a = scale R x_b + t."""
+
+    scale: Array
+    R: Array
+    t: Array
+
+    @classmethod
+    def of(cls, those: Sequence[tuple[float, Array, Array]]) -> _Similarities:
+        scale, R, t = zip(*those, strict=True)
+        return cls(np.array(scale), np.stack(R), np.stack(t))
+
+    def one(self, index: int) -> tuple[float, Array, Array]:
+        return float(self.scale[index]), self.R[index], self.t[index]
+
+
+def _weights(surface: Surface, returned: NDArray[np.intp], cycles: bool) -> Array:
+    """Weights (N,) of a surface's points, summing to one: exp(−cycle/0.9), 0 where no view shows the point."""
+    cycle = np.linalg.norm(surface.points - surface.points[returned], axis=1) / surface.extent
+    weight = np.exp(-cycle / CYCLE_SCALE) if cycles else np.ones(len(cycle))
+    weight = weight * surface.seen.any(axis=1) + 1e-9
+    normalised: Array = weight / weight.sum()
+    return normalised
 
 
 def _self_product(surface: Surface) -> float:

@@ -30,11 +30,11 @@ from nope_ros.crop import Crop, roll_of_gravity, virtual_crop
 from nope_ros.frame import Frame, InputError
 from nope_ros.harmonics import rotate, wigner_d
 from nope_ros.latent import Predictor, RotatedLatentPredictor
-from nope_ros.match import free_turns, predict_bank
+from nope_ros.match import ViewsBank, free_turns, view_weights
 from nope_ros.models.rotated_latent import correlation, flatten_d
 from nope_ros.pose import distance_from_depth
 from nope_ros.prior import free_rotations, standing_rotations
-from nope_ros.rotations import exp, geodesic_distance, icosphere, log, turn_to
+from nope_ros.rotations import exp, geodesic_distance, icosphere, turn_to
 
 Array = NDArray[np.float64]
 Pose = tuple[Array, Array]
@@ -58,9 +58,18 @@ _NEAR = np.radians(35.0)
 _OFF_CENTRE = 0.5
 # Views whose relative rotations are estimated where no camera poses are given: the number of pairs grows by its square.
 _GRAPH = 32
-_MODES = 3
 _CLOSED = np.radians(20.0)
-"""How well a cycle of three relative rotations closes when all are right: each errs by some 10°."""
+"""A view that others see this far from where it stands is moved there at once; nearer by small steps."""
+_SEEN_BY_BOTH = np.radians(45.0)
+"""Between viewing directions up to here, most of what one view sees the other sees too."""
+_FEWEST_EDGES = 4
+"""Nearest views that each one is held against in any case."""
+_BEGINNINGS = 3
+_ASKED_AGAIN = (4, 8, 12, 16, 24)
+"""Numbers of placed views at which all of them are asked again."""
+_SWEEPS = 4
+_ALIKE = 0.3
+"""Of the largest product with a placed view, against the margin in log-probability: views from near by come first."""
 _OUTLIER = np.radians(30.0)
 HULL_DIRECTIONS = icosphere(2)
 """Object frame, (162, 3): where a hull's radius is known."""
@@ -237,6 +246,9 @@ class Keyframes:
             unit of the object's poses.
         provenance: of the object frame.
         refused: frames that were not used, and why; not kept on disk.
+        normalised: how keyframes are compared with each other, see ``ViewsBank``.
+        crops: (K, S, S, 4) uint8 RGB and mask, for other networks to look at; None in older files.
+        seen_at: (K, 162, 2) pixels of the crops at which the hull's points are seen, NaN where hidden; or None.
     """
 
     names: tuple[str, ...]
@@ -249,6 +261,9 @@ class Keyframes:
     hull: Array
     provenance: Provenance
     refused: tuple[Refusal, ...] = ()
+    normalised: float = 1.0
+    crops: NDArray[np.uint8] | None = None
+    seen_at: NDArray[np.float32] | None = None
 
     @property
     def directions(self) -> Array:
@@ -348,7 +363,7 @@ def plan_keyframes(
     R_virtual_object = np.stack([view.crop.R_virtual_camera for view in views]) @ R_camera_object
     report(f"encoding {len(views)} keyframes")
     latents = encode([view.crop for view in views])
-    spread, agreement = left_out(predictor, latents, R_virtual_object)
+    left = left_out(predictor, latents, R_virtual_object)
     t, radius = None, None
     # Without positions each camera looks at the centre, from where the object's circle has the radius one.
     axes = np.stack([view.crop.R_virtual_camera[2] for view in views])
@@ -371,19 +386,22 @@ def plan_keyframes(
         edges=0 if averaged is None else averaged.edges,
         outliers=0 if averaged is None else averaged.outliers,
         off_centre=off_centre,
-        agreement=agreement,
+        agreement=left.agreement,
     )
     keyframes = Keyframes(
         names=tuple(view.name for view in views),
         latents=latents,
         R_virtual_object=R_virtual_object,
         R_camera_object=R_camera_object,
-        spread=spread,
+        spread=left.spread,
+        normalised=left.normalised,
         R_fixed_object=R_fixed_object,
         t_fixed_object=origin,
         hull=hull,
         provenance=provenance,
         refused=tuple(refused),
+        crops=np.stack([np.dstack([view.crop.image, view.crop.mask]) for view in views]),
+        seen_at=hull_pixels(views, R_camera_object, translations, hull),
     )
     return Plan(keyframes, tuple(views), R_camera_object[0], t, radius, how != "image")
 
@@ -609,39 +627,90 @@ def outline_radii(views: Sequence[View], R_camera_object: Array, t_camera_object
     return farthest_inside
 
 
-def left_out(predictor: Predictor, latents: Tensor, R_virtual_object: Array) -> tuple[float, float | None]:
-    """How well keyframes foretell each other: each in turn is estimated from the others.
+def hull_pixels(
+    views: Sequence[View], R_camera_object: Array, t_camera_object: Array, hull: Array
+) -> NDArray[np.float32]:
+    """Where in each view's crop the hull's points are seen: (K, 162, 2) pixels, NaN where the hull itself hides them.
+
+    Args:
+        views: with their crops.
+        R_camera_object: (K, 3, 3).
+        t_camera_object: (K, 3) of the object's origin.
+        hull: (162,) radii in ``HULL_DIRECTIONS``.
+    """
+    points = hull[:, None] * HULL_DIRECTIONS
+    found = np.full((len(views), len(points), 2), np.nan, np.float32)
+    for index, (view, R, t) in enumerate(zip(views, R_camera_object, t_camera_object, strict=True)):
+        towards = -R.T @ t - points
+        towards /= np.linalg.norm(towards, axis=1, keepdims=True)
+        # Steps from each point towards the camera; the surface is in the way where it reaches farther out than they do.
+        steps = points[:, None] + np.linspace(0.1, 1.5, 15)[:, None] * np.max(hull) * towards[:, None]
+        far = np.linalg.norm(steps, axis=2)
+        nearest = np.argmax(steps @ HULL_DIRECTIONS.T, axis=2)
+        clear = (far > 0.97 * hull[nearest]).all(axis=1) & (hull > 0)
+        pixel = (points @ R.T + t) @ (view.crop.K_virtual @ view.crop.R_virtual_camera).T
+        found[index, clear] = pixel[clear, :2] / pixel[clear, 2:]
+    return found
+
+
+_NORMALISED = (1.0, 0.5, 0.0)
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """How well keyframes foretell each other.
+
+    Attributes:
+        spread: factor on the temperature under which the keyframes' own rotations are most probable, drawn towards one
+            as they are few.
+        normalised: see ``ViewsBank``; under which most of them are found.
+        agreement: share that is found within 30°; None for predictors for which this would take minutes.
+    """
+
+    spread: float = 1.0
+    normalised: float = 1.0
+    agreement: float | None = None
+
+
+def left_out(predictor: Predictor, latents: Tensor, R_virtual_object: Array) -> LeftOut:
+    """Estimate each keyframe from the others.
 
     Args:
         predictor: what made the latents.
         latents: (K, D).
         R_virtual_object: (K, 3, 3).
-
-    Returns:
-        The factor on the temperature under which the keyframes' own rotations are most probable, drawn towards one as
-        they are few; and the share within 30°. (1, None) for predictors for which this would take minutes.
     """
     count = len(latents)
     if not isinstance(predictor, RotatedLatentPredictor) or count < _FEWEST:
-        return 1.0, None
-    logits, truths, hits = [], [], 0
+        return LeftOut()
+    logits: dict[float, list[Array]] = {normalised: [] for normalised in _NORMALISED}
+    truths, hits = [], dict.fromkeys(_NORMALISED, 0)
     for index in range(count):
         others = np.arange(count) != index
         reference = R_virtual_object[others][0]
-        bank = predict_bank(predictor, latents[others], free_rotations(), views=R_virtual_object[others] @ reference.T)
-        match = bank.match(latents[index], predictor.temperature)
+        views = R_virtual_object[others] @ reference.T
+        bank = ViewsBank.of(predictor, latents[others], free_rotations(), views)
+        products = bank.products(latents[index], predictor.temperature)
         truth = R_virtual_object[index] @ reference.T
-        logits.append(match.log_likelihood)
         truths.append(int(np.argmax(bank.rotations.reshape(-1, 9) @ truth.ravel())))
-        best = bank.rotations[int(np.argmax(match.log_likelihood))]
-        hits += bool(geodesic_distance(best, truth) < np.radians(30))
+        for normalised in _NORMALISED:
+            fused = bank.fused(products, normalised).double().cpu().numpy()
+            logits[normalised].append(fused)
+            best = bank.rotations[int(np.argmax(fused))]
+            hits[normalised] += bool(geodesic_distance(best, truth) < np.radians(30))
     factors = np.exp(np.linspace(np.log(0.7), np.log(3.0), 25))
-    cost = [
-        sum(logsumexp(one / factor) - one[truth] / factor for one, truth in zip(logits, truths, strict=True))
-        + 0.5 * (np.log(factor) / 0.2) ** 2
-        for factor in factors
-    ]
-    return float(factors[int(np.argmin(cost))]), hits / count
+    cost = {
+        normalised: [
+            sum(logsumexp(one / factor) - one[truth] / factor for one, truth in zip(fused, truths, strict=True))
+            + 0.5 * (np.log(factor) / 0.2) ** 2
+            for factor in factors
+        ]
+        for normalised, fused in logits.items()
+    }
+    # Of those that find as many, the one to which the truth is least of a surprise.
+    best_normalised = max(_NORMALISED, key=lambda one: (hits[one], -min(cost[one])))
+    factor = float(factors[int(np.argmin(cost[best_normalised]))])
+    return LeftOut(factor, best_normalised, hits[best_normalised] / count)
 
 
 @dataclass(frozen=True)
@@ -668,10 +737,11 @@ def average_rotations(
 ) -> Averaged:
     """Rotations of views from what their latents say about each pair of them.
 
-    Each pair gives up to three relative rotations, the modes of its distribution. Right ones close the triangles that
-    they are part of, wrong ones do so by chance only: that picks the mode, and its weight. A spanning tree of the
-    heaviest edges starts; iteratively reweighted least squares on the graph goes on (Chatterjee, Govindu, ICCV 2013).
-    Last, each view is matched with all others together, whose latents, turned into the common frame, add up.
+    A pair's distribution has several modes, the right one often not the highest, and of views that look from far apart
+    it is wrong more often than right. So no pair is decided by itself. Views are placed one after another, the surest
+    first, each where those already placed explain it best together, the nearest most, as a query is against keyframes;
+    and from time to time those placed before are asked again. This is done from several beginnings, and what explains
+    itself best is kept. Views of a walk in order are moreover expected to differ little from the ones before and after.
 
     Args:
         latents: (N, (L+1)², C).
@@ -680,76 +750,216 @@ def average_rotations(
         ordered: whether views are in the order of a walk; neighbours are then expected to differ little.
     """
     count = len(latents)
-    relative, mass = _pair_modes(latents, gravity_virtual, temperature, ordered=ordered)
-    # relative (N, N, M, 3, 3) maps j's axes to i's. Cycles i ← k ← j against i ← j, each through their best modes.
-    support = np.zeros((count, count, relative.shape[2]))
-    for k in range(count):
-        through = np.einsum("iaxy,jbyz->ijabxz", relative[:, k], np.swapaxes(relative[:, k], -1, -2))
-        weight = mass[:, k][:, None, :, None] * mass[:, k][None, :, None, :]
-        through = through.reshape(count, count, -1, 9)
-        weight = weight.reshape(count, count, -1)
-        trace = np.einsum("ijmx,ijcx->ijmc", relative.reshape(count, count, -1, 9), through)
-        angle = np.arccos(np.clip((trace - 1) / 2, -1, 1))
-        closing = (weight[:, :, None] * np.exp(-0.5 * (angle / _CLOSED) ** 2)).max(axis=-1)
-        closing[k], closing[:, k] = 0, 0
-        support += closing
-    strength = mass * support
-    best = strength.argmax(axis=-1)
-    edge = np.take_along_axis(relative, best[..., None, None, None], axis=2)[:, :, 0]
-    weight = np.take_along_axis(strength, best[..., None], axis=2)[..., 0]
-    weight = np.maximum(weight, weight.T)
-    np.fill_diagonal(weight, 0)
-    rotations = _averaged(edge, weight)
-    rotations = _matched_together(latents, rotations, gravity_virtual)
+    placing = _Placing.of(latents, gravity_virtual, temperature, ordered=ordered)
+    rotations = max((placing.from_pair(pair) for pair in placing.surest_pairs(_BEGINNINGS)), key=lambda one: one[1])[0]
+    edge = placing.edges()
     angle = geodesic_distance(edge, rotations[:, None] @ np.swapaxes(rotations, -1, -2)[None])
+    # What a view says of one that looked from elsewhere is no evidence against either.
+    cosine = rotations[:, 2] @ rotations[:, 2].T - 2 * np.eye(count)
+    near = (cosine > np.cos(_SEEN_BY_BOTH)) | (
+        cosine >= -np.sort(-cosine, axis=1)[:, [min(_FEWEST_EDGES, count - 1) - 1]]
+    )
+    near |= near.T
     agrees = angle < _OUTLIER
     pairs = np.triu_indices(count, 1)
-    agreeing = (agrees.sum(axis=1) - 1) / max(count - 1, 1)
-    inliers = angle[pairs][agrees[pairs]]
+    used = near[pairs]
+    agreeing = (agrees & near).sum(axis=1) / np.maximum(near.sum(axis=1), 1)
+    inliers = angle[pairs][used & agrees[pairs]]
     residual = float(np.degrees(np.median(inliers))) if len(inliers) else 180.0
-    return Averaged(rotations, agreeing, residual, len(pairs[0]), int((~agrees[pairs]).sum()))
+    return Averaged(rotations, agreeing, residual, int(used.sum()), int((used & ~agrees[pairs]).sum()))
 
 
-def _pair_modes(
-    latents: Tensor, gravity_virtual: Sequence[Array | None], temperature: float, *, ordered: bool
-) -> tuple[Array, Array]:
-    """Modes of each pair's distribution: rotations (N, N, M, 3, 3) from j to i, and their masses (N, N, M)."""
-    count = len(latents)
-    known = [one for one in gravity_virtual if one is not None]
-    if len(known) == count:
+@dataclass(frozen=True)
+class _Placing:
+    """Views to be placed in a common frame; arguments as of ``average_rotations``.
+
+    Attributes:
+        latents: (N, (L+1)², C), turned upright where gravity is known.
+        level: (N, 3, 3) from each virtual camera's axes to those of its latent.
+        grid: (G, 3, 3) what a view's rotation may be: any, or a turn about z.
+        turns: (G, Σ(2l+1)²) the flattened D of the grid.
+        temperature: of the likelihood.
+        ordered: whether neighbours are expected to differ little.
+    """
+
+    latents: Tensor
+    level: Array
+    grid: Array
+    turns: Tensor
+    temperature: float
+    ordered: bool
+
+    @classmethod
+    def of(
+        cls, latents: Tensor, gravity_virtual: Sequence[Array | None], temperature: float, *, ordered: bool
+    ) -> _Placing:
+        known = [one for one in gravity_virtual if one is not None]
+        latents = latents.float()
+        if len(known) < len(latents):
+            level = np.broadcast_to(np.eye(3), (len(latents), 3, 3))
+            turns = free_turns(_bandwidth(latents), latents.device)
+            return cls(latents, level, free_rotations(), turns, temperature, ordered)
         # With z turned up in each, what remains between two views is a turn about z, the same 72 for all pairs.
         level = np.stack([turn_to(-one) for one in known])
+        up = wigner_d(torch.tensor(level, dtype=torch.float32, device=latents.device), _bandwidth(latents))
         grid = standing_rotations(_DOWN, _DOWN)
-        turns = _flattened(grid, latents)
-        latents = rotate(
-            latents, wigner_d(torch.tensor(level, dtype=torch.float32, device=latents.device), _bandwidth(latents))
+        return cls(rotate(latents, up), level, grid, _flattened(grid, latents), temperature, ordered)
+
+    def likelihoods(self, views: Sequence[int], turned: Tensor, turns: Tensor) -> Tensor:
+        """What latents (K, ...) in the common frame say of rotations (G) of each of some views: (V, G, K)."""
+        both = [correlation(self.latents[view].expand(len(turned), -1, -1), turned) for view in views]
+        return torch.stack([turns @ one.T for one in both]) / self.temperature
+
+    def surest_pairs(self, most: int) -> list[tuple[int, int]]:
+        """Pairs to begin with: alike, sure of their rotation, near in time; no view in two of them."""
+        count = len(self.latents)
+        value = np.full((count, count), -np.inf)
+        for i in range(1, count):
+            each = self.likelihoods([i], self.latents[:i], self.turns)[0]
+            sure = each.max(dim=0).values + torch.log_softmax(each, dim=0).max(dim=0).values
+            value[i, :i] = sure.cpu().numpy()
+            if self.ordered:
+                value[i, :i] -= 0.5 * (np.arange(i, 0, -1) - 1.0) ** 2
+        found: list[tuple[int, int]] = []
+        while len(found) < most and np.isfinite(value).any():
+            i, j = (int(one) for one in np.unravel_index(np.argmax(value), value.shape))
+            found.append((i, j))
+            value[[i, j]] = -np.inf
+            value[:, [i, j]] = -np.inf
+        return found
+
+    def from_pair(self, pair: tuple[int, int]) -> tuple[Array, float]:
+        """Rotations (N, 3, 3) from the common frame to the virtual cameras, and how well they explain each other."""
+        count = len(self.latents)
+        state = _Placed(self)
+        state.put(pair[1], np.eye(3))
+        while len(state.views) < count:
+            outside = [view for view in range(count) if view not in state.views]
+            if self.ordered:  # little steps only: of half turns there is no telling over large ones
+                gaps = {view: min(abs(view - one) for one in state.views) for view in outside}
+                outside = [view for view in outside if gaps[view] == min(gaps.values())]
+            chances = {view: state.chances(view) for view in outside}
+            chosen = max(outside, key=lambda view: state.margin(view, chances[view]))
+            state.put(chosen, state.polished(chosen, self.grid[int(torch.argmax(chances[chosen]))]))
+            if len(state.views) in _ASKED_AGAIN:
+                state.ask_again()
+        for _ in range(_SWEEPS):
+            if not state.ask_again():
+                break
+        return np.stack([self.level[i].T @ state.R[i] for i in range(count)]), state.explained()
+
+    def edges(self) -> Array:
+        """The relative rotation (N, N, 3, 3), from j to i, that each pair alone believes in most."""
+        count = len(self.latents)
+        edge = np.broadcast_to(np.eye(3), (count, count, 3, 3)).copy()
+        for i in range(1, count):
+            each = self.likelihoods([i], self.latents[:i], self.turns)[0].cpu().numpy()
+            best = self.grid[each.argmax(axis=0)]
+            edge[i, :i] = self.level[i].T @ best @ self.level[:i]
+            edge[:i, i] = np.swapaxes(edge[i, :i], -1, -2)
+        return edge
+
+
+class _Placed:
+    """Views of a ``_Placing`` that have their rotation in the common frame."""
+
+    def __init__(self, placing: _Placing) -> None:
+        self.placing = placing
+        count = len(placing.latents)
+        self.views: list[int] = []
+        self._near: Tensor | None = None
+        self.R = np.broadcast_to(np.eye(3), (count, 3, 3)).copy()
+        self.turned = torch.zeros_like(placing.latents)
+        self.says = torch.zeros(count, count, len(placing.grid), device=placing.latents.device)  # (of, by, grid)
+
+    def put(self, view: int, R: Array) -> None:
+        """Place a view, or move it."""
+        placing = self.placing
+        if view not in self.views:
+            self.views.append(view)
+        self.R[view] = R
+        self._near = None
+        back = torch.tensor(R.T[None].copy(), dtype=torch.float32, device=placing.latents.device)
+        self.turned[view] = rotate(placing.latents[view][None], wigner_d(back, _bandwidth(placing.latents)))[0]
+        everyone = range(len(placing.latents))
+        self.says[:, view] = placing.likelihoods(everyone, self.turned[view][None], placing.turns)[..., 0]
+
+    def chances(self, view: int) -> Tensor:
+        """Log-probabilities (G,) of a view's rotation on the grid, given the others that are placed."""
+        others = [one for one in self.views if one != view]
+        return torch.log_softmax(self._together(view, others, self.placing.grid, self.says[view, others].T), dim=0)
+
+    def _together(self, view: int, others: list[int], rotations: Array, says: Tensor) -> Tensor:
+        """As ``ViewsBank.fused``, of rotations (G, 3, 3) of which the others say (G, K)."""
+        placing = self.placing
+        weights = self._weights(view, others, rotations) + 1 / len(others)
+        normalised = says - torch.logsumexp(self.says[view, others], dim=1)
+        together = (weights * normalised).sum(dim=1)
+        if placing.ordered:
+            beside = [max((one for one in others if one < view), default=None)]
+            beside += [min((one for one in others if one > view), default=None)]
+            for one in beside:
+                if one is not None:
+                    # Between the cameras, not between the upright latents.
+                    R_camera = placing.level[view].T @ rotations
+                    angle = geodesic_distance(R_camera, placing.level[one].T @ self.R[one])
+                    prior = -0.5 * (angle / (_STEP * abs(view - one))) ** 2
+                    together = together + torch.tensor(prior, dtype=torch.float32, device=says.device)
+        return together
+
+    def _weights(self, view: int, others: list[int], rotations: Array) -> Tensor:
+        placing = self.placing
+        # Of a grid of all rotations they are the same for all views that are still to be placed.
+        same = len(others) == len(self.views) and len(rotations) == len(free_rotations())
+        if same and self._near is not None:
+            return self._near
+        views = np.stack([placing.level[one].T @ self.R[one] for one in others])
+        near = view_weights(placing.level[view].T @ rotations, views)
+        weights = torch.tensor(near, dtype=torch.float32, device=placing.latents.device)
+        self._near = weights if same else self._near
+        return weights
+
+    def margin(self, view: int, chances: Tensor) -> float:
+        """How much surer the best rotation of a view is than the best that differs from it, and how alike it is."""
+        best = int(torch.argmax(chances))
+        grid = self.placing.grid
+        other = torch.tensor(geodesic_distance(grid, grid[best]) > _OUTLIER, device=chances.device)
+        alike = float(self.says[view, self.views].max())
+        return float(chances[best] - chances[other].max()) + _ALIKE * alike
+
+    def polished(self, view: int, R: Array) -> Array:
+        """A rotation between those of the grid, by small steps."""
+        placing = self.placing
+        others = [one for one in self.views if one != view]
+        both = correlation(placing.latents[view].expand(len(others), -1, -1), self.turned[others])
+        z = np.array([[0.0, 0.0, 1.0]])
+        axes = np.concatenate([z, -z]) if len(placing.grid) < 100 else np.concatenate([np.eye(3), -np.eye(3)])
+        for step in np.radians([6.0, 3.0]):
+            for _ in range(2):
+                candidates = np.concatenate([R[None], exp(step * axes) @ R])
+                says = _flattened(candidates, placing.latents) @ both.T / placing.temperature
+                best = int(torch.argmax(self._together(view, others, candidates, says)))
+                if best == 0:
+                    break
+                R = candidates[best]
+        return R
+
+    def ask_again(self) -> bool:
+        """Move every placed view to where the others now see it; whether one went elsewhere."""
+        changed = False
+        for view in list(self.views):
+            best = self.placing.grid[int(torch.argmax(self.chances(view)))]
+            turned = float(geodesic_distance(best, self.R[view])) > _CLOSED
+            changed |= turned
+            self.put(view, self.polished(view, best if turned else self.R[view]))
+        return changed
+
+    def explained(self) -> float:
+        """Mean log-probability of the rotations that the views have, each given the others."""
+        grid = self.placing.grid.reshape(-1, 9)
+        return float(
+            np.mean([float(self.chances(view)[int(np.argmax(grid @ self.R[view].ravel()))]) for view in self.views])
         )
-    else:
-        level = np.broadcast_to(np.eye(3), (count, 3, 3))
-        grid, turns = free_rotations(), free_turns(_bandwidth(latents), latents.device)
-    near = grid.reshape(-1, 9)
-    relative = np.broadcast_to(np.eye(3), (count, count, _MODES, 3, 3)).copy()
-    mass = np.zeros((count, count, _MODES))
-    for i in range(1, count):
-        both = correlation(latents[i][None].expand(i, -1, -1), latents[:i])
-        logits = (turns @ both.T / temperature).T.cpu().numpy().astype(np.float64)
-        if ordered:
-            between = np.swapaxes(level[i], 0, 1) @ grid  # then from each j: the turn itself, with its elevation
-            for j in range(i):
-                cosine = (np.einsum("nab,ba->n", between, level[j]) - 1) / 2
-                logits[j] -= 0.5 * (np.arccos(np.clip(cosine, -1, 1)) / (_STEP * (i - j))) ** 2
-        left = np.exp(logits - logits.max(axis=1, keepdims=True))
-        left /= left.sum(axis=1, keepdims=True)
-        for mode in range(_MODES):
-            peak = left.argmax(axis=1)
-            around = (near[peak] @ near.T - 1) / 2 > np.cos(_OUTLIER)
-            mass[i, :i, mode] = (left * around).sum(axis=1)
-            left[around] = 0
-            relative[i, :i, mode] = level[i].T @ grid[peak] @ level[:i]
-    for i in range(1, count):
-        relative[:i, i] = np.swapaxes(relative[i, :i], -1, -2)
-        mass[:i, i] = mass[i, :i]
-    return relative, mass
 
 
 _DOWN = np.array([0.0, 0.0, -1.0])
@@ -761,68 +971,6 @@ def _bandwidth(latents: Tensor) -> int:
 
 def _flattened(rotations: Array, latents: Tensor) -> Tensor:
     return flatten_d(wigner_d(torch.tensor(rotations, dtype=torch.float32, device=latents.device), _bandwidth(latents)))
-
-
-def _averaged(edge: Array, weight: Array) -> Array:
-    """Rotations (N, 3, 3) with R_i R_jᵀ near the edges (N, N, 3, 3), most those of large weight (N, N)."""
-    count = len(edge)
-    rotations = np.broadcast_to(np.eye(3), (count, 3, 3)).copy()
-    # Prim's spanning tree over the heaviest edges, from the view that agrees best with all others.
-    start = int(np.argmax(weight.sum(axis=1)))
-    inside = [start]
-    while len(inside) < count:
-        outside = [index for index in range(count) if index not in inside]
-        part = weight[np.ix_(outside, inside)]
-        row, column = np.unravel_index(np.argmax(part), part.shape)
-        i, j = outside[row], inside[column]
-        rotations[i] = edge[i, j] @ rotations[j]
-        inside.append(i)
-    for step in range(30):
-        # R_i exp(v_i) exp(−v_j) R_jᵀ = R_ij asks for v_i − v_j = log(R_iᵀ R_ij R_j): three Laplace systems.
-        residual = log(np.swapaxes(rotations, -1, -2)[:, None] @ edge @ rotations[None])
-        angle = np.linalg.norm(residual, axis=-1)
-        scale = _CLOSED if step < 10 else 0.5 * _CLOSED
-        used = weight / (1 + (angle / scale) ** 2) ** 2
-        laplacian = np.diag(used.sum(axis=1)) - used
-        update = np.linalg.lstsq(laplacian, (used[..., None] * residual).sum(axis=1), rcond=1e-9)[0]
-        rotations = rotations @ exp(update)
-        if np.abs(update).max() < 1e-4:
-            break
-    return rotations
-
-
-def _matched_together(
-    latents: Tensor, rotations: Array, gravity_virtual: Sequence[Array | None], sweeps: int = 3
-) -> Array:
-    """Each view turned to where all others together explain it best: Σ ⟨e_i, D(R_i R_jᵀ) e_j⟩ grows each time."""
-    rotations = rotations.copy()
-    level = all(one is not None for one in gravity_virtual)
-    turn = np.concatenate([np.eye(3), -np.eye(3)])
-
-    def common(views: Tensor, R: Array) -> Tensor:
-        back = torch.tensor(np.swapaxes(R, -1, -2).copy(), dtype=torch.float32, device=views.device)
-        return rotate(views, wigner_d(back, _bandwidth(views)))
-
-    turned = common(latents, rotations)
-    for sweep in range(sweeps):
-        for index in range(len(latents)):
-            both = correlation(latents[index][None], (turned.sum(dim=0) - turned[index])[None])[0]
-            candidates = rotations[index][None]
-            down = gravity_virtual[index] if level else None
-            if down is not None:
-                turn = np.stack([down, -down])
-            if sweep == 0 and down is None:
-                score = free_turns(_bandwidth(latents), latents.device) @ both
-                candidates = np.concatenate([candidates, free_rotations()[int(torch.argmax(score))][None]])
-            elif sweep == 0 and down is not None:
-                candidates = exp(np.arange(72)[:, None] * (2 * np.pi / 72) * down) @ rotations[index]
-            here = candidates[int(torch.argmax(_flattened(candidates, latents) @ both))]
-            for step in np.radians([8.0, 4.0, 2.0]):
-                candidates = np.concatenate([here[None], exp(step * turn) @ here])
-                here = candidates[int(torch.argmax(_flattened(candidates, latents) @ both))]
-            rotations[index] = here
-            turned[index] = common(latents[index][None], here[None])[0]
-    return rotations
 
 
 def summary(keyframes: Keyframes) -> list[str]:

@@ -1,14 +1,19 @@
 """One object laid over another: similarities from points, two recordings of one object, and what is refused."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
+from test_features import vit
 
 from nope_ros import InputError, PoseEstimator
 from nope_ros.align import Surface, align, align_surfaces
 from nope_ros.align import _umeyama as umeyama
 from nope_ros.cli import main
+from nope_ros.features import FeatureExtractor
 from nope_ros.frame import Frame
 from nope_ros.rotations import exp, geodesic_distance, look_at
 from nope_ros.store import ObjectStore
@@ -82,6 +87,31 @@ def test_an_object_lies_over_itself_and_there_is_one_answer(recordings):
     assert found.score > 0.9
     again = align_surfaces(surface, surface)
     np.testing.assert_array_equal(found.R, again.R)
+
+
+def test_features_of_another_network_are_kept_for_each_view(tmp_path, estimator, recordings, capsys):
+    save_file(vit(), tmp_path / "vit.safetensors")
+    extractor = FeatureExtractor.from_checkpoint(tmp_path / "vit.safetensors", device="cpu")
+    a, b, _ = recordings
+    surface = Surface.of(a, extractor)
+    assert surface.features.shape[:2] == surface.seen.shape == (162, 8)
+    # Of a solid thing each view shows less than half, and what it shows lies on its side.
+    assert 0.2 < surface.seen.mean() < 0.55
+    facing = np.einsum("nc,vc->nv", surface.points, a.keyframes.directions)
+    assert facing[surface.seen].mean() > 0.2 * surface.extent > facing[~surface.seen].mean()
+    # Places that no view shows are like nothing.
+    blind = replace(surface, seen=np.zeros_like(surface.seen))
+    assert (surface.likeness(blind) == -1).all()
+    assert surface.likeness(surface).diagonal()[surface.seen.any(axis=1)] == pytest.approx(1)
+    assert align(a, b, extractor=extractor).geometry > 0.8
+    ObjectStore(tmp_path).save(a)
+    words = ["align", "object11", "object11", "--store", str(tmp_path), "--device", "cpu"]
+    assert main([*words, "--features", str(tmp_path / "vit.safetensors"), "--out", str(tmp_path / "pair.png")]) == 0
+    assert main([*words, "--features", str(tmp_path / "none.pth")]) == 2
+    assert "nothing is downloaded" in capsys.readouterr().err
+    older = replace(a, keyframes=replace(a.keyframes, crops=None, seen_at=None))
+    with pytest.raises(InputError, match="register it again"):
+        Surface.of(older, extractor)
 
 
 def test_the_command_prints_draws_and_refuses(tmp_path, estimator, recordings, capsys):

@@ -36,7 +36,7 @@ from nope_ros.evaluation.photos import photo_set
 from nope_ros.evaluation.protocol import Answer, Observation, Occluder, draw_pairs
 from nope_ros.evaluation.symmetry import NO_SYMMETRY, Symmetry, SymmetryCache, find_symmetry
 from nope_ros.frame import Frame, InputError
-from nope_ros.latent import PaperUNetPredictor, RotatedLatentPredictor
+from nope_ros.latent import ErrorModel, PaperUNetPredictor, RotatedLatentPredictor
 from nope_ros.models.paper_unet import PaperUNet, PaperUNetConfig
 from nope_ros.models.rotated_latent import RotatedLatentConfig, RotatedLatentNetwork
 from nope_ros.models.rotation_regression import RotationRegression, RotationRegressionConfig
@@ -806,12 +806,24 @@ def test_evidence_is_gathered_from_objects_that_training_left_out(tmp_path, pred
         assert np.isfinite(evidence.nll(predictor.temperature))
         again = calibrate.gather_evidence(predictor, config, prior, queries=1)
         assert again.truth == evidence.truth
+        assert calibrate.fit_spread(evidence.squared(predictor.temperature), 3) > 0
+    angle, coverage = calibrate.fit_independence(predictor, config, predictor.temperature, 1.0, candidates=(30.0, 90.0))
+    assert 30 <= angle <= 90 and len(coverage) == 2
 
 
-def test_the_temperature_is_written_beside_the_weights(tmp_path, predictor):
+def test_the_spread_of_gaussian_errors_is_found():
+    rng = np.random.default_rng(0)
+    for freedom in (1, 2, 3):
+        squared = 1.7 * (rng.normal(size=(20000, freedom)) ** 2).sum(axis=1)
+        assert calibrate.fit_spread(squared, freedom) == pytest.approx(1.7, rel=0.05)
+
+
+def test_what_was_fitted_is_written_beside_the_weights(tmp_path, predictor):
     predictor.save_pretrained(tmp_path)
-    calibrate.write_temperature(tmp_path, 0.25, {"seed": 0})
+    errors = ErrorModel(spread={"free": 0.9, "upright": 1.1, "standing": 1.2}, independent_deg=50)
+    calibrate.write_calibration(tmp_path, 0.25, errors, {"seed": 0})
     again = RotatedLatentPredictor.from_pretrained(tmp_path, device="cpu")
     assert again.temperature == 0.25
+    assert again.errors == errors
     assert again.training["calibration"] == {"seed": 0}
     assert again.identity == predictor.identity

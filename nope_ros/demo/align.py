@@ -20,6 +20,7 @@ from nope_ros.align import GATE, Alignment, Surface, align_surfaces
 from nope_ros.demo.register import walk_of
 from nope_ros.demo.sequence import Moment, open_recording
 from nope_ros.estimator import PoseEstimator, RegisteredObject
+from nope_ros.features import FeatureExtractor
 from nope_ros.frame import InputError
 from nope_ros.store import ObjectStore
 from nope_ros.video import Pose
@@ -40,12 +41,18 @@ def main(words: Sequence[str]) -> int:
         "--store", type=Path, default=Path("~/.local/share/nope_ros"), help="folder of registered objects (%(default)s)"
     )
     parser.add_argument("--weights", help="folder of weights; the packaged ones if it is left out")
+    parser.add_argument(
+        "--features", type=Path, metavar="FILE", help="checkpoint of DINO, DINOv2 or a ViT; our own by default"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (%(default)s)")
     given = parser.parse_args(words)
     console = Console()
     try:
         estimator = PoseEstimator.from_pretrained(given.weights, device=given.device)
-        a, b = (Surface.of(_find(name, given.store, estimator)) for name in (given.a, given.b))
+        extractor = None
+        if given.features is not None:
+            extractor = FeatureExtractor.from_checkpoint(given.features, device=given.device)
+        a, b = (Surface.of(_find(name, given.store, estimator), extractor) for name in (given.a, given.b))
     except InputError as error:
         print(f"nope-ros align: {error}", file=sys.stderr)
         return 2
@@ -89,7 +96,9 @@ def _find(name: str, store: Path, estimator: PoseEstimator) -> RegisteredObject:
 def draw(a: Surface, b: Surface, found: Alignment, path: Path, names: tuple[str, str]) -> None:
     """Both objects as points, of one colour where their features are alike, and one over the other."""
     moved = found.scale * b.points @ found.R.T + found.t
-    features = np.concatenate([a.features, b.features])
+    # One feature of each place: of the first view that sees it.
+    first_a, first_b = (one.features[np.arange(len(one.points)), one.seen.argmax(axis=1)] for one in (a, b))
+    features = np.concatenate([first_a, first_b])
     basis = np.linalg.svd(features - features.mean(axis=0), full_matrices=False)[2][:3]
     colours = features @ basis.T
     low, high = np.percentile(colours, [2, 98], axis=0)

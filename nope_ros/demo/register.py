@@ -246,6 +246,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="camera in the fixed frame: `stamp tx ty tz qx qy qz qw` (of a folder: frame numbers from 0), or a "
         f"{POSES_FILE}; 'none': from the images alone, even if the folder has poses",
     )
+    parser.add_argument(
+        "--ordered", action="store_true", help="of --folder: images are in the order in which they were taken"
+    )
     parser.add_argument("--fixed-frame", default="", help="of --bag: TF frame in which the object stands, z up")
     parser.add_argument("--z-up", action="store_true", help="the z axis of the poses' fixed frame points up")
     parser.add_argument("--not-metric", action="store_true", help="the poses' lengths are not metres")
@@ -333,7 +336,7 @@ def _from_walk(
         estimator.predictor.crop_size,
         pose_of,
         z_up=given.z_up or bool(given.fixed_frame),
-        ordered=given.folder is None,  # photographs may have been sorted by anything
+        ordered=given.folder is None or given.ordered,  # photographs may have been sorted by anything
         progress=lambda: progress.advance(task),
     )
     registered = estimator.register_walk(

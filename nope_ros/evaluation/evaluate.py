@@ -1,4 +1,4 @@
-"""Runs methods over test sets and reports: ``nope-ros evaluate photos|meshes|procedural|bop|video``."""
+"""Runs methods over test sets and reports: ``nope-ros evaluate photos|meshes|procedural|bop|video|align``."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from nope_ros.estimator import PoseEstimator
+from nope_ros.evaluation import alignment
 from nope_ros.evaluation.baselines import (
     OURS,
     PAPER_FORM,
@@ -517,7 +518,7 @@ def _evaluated(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``nope-ros evaluate``."""
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="photos|meshes|procedural|bop|video")
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="photos|meshes|procedural|bop|video|align")
     photos = kinds.add_parser("photos", help="photographs with true poses: DIR/<object>/poses.json")
     photos.add_argument("dir", type=Path, metavar="DIR", help="folder that holds the objects' folders")
     meshes = kinds.add_parser("meshes", help="renders of the meshes in a folder")
@@ -530,6 +531,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     video = kinds.add_parser("video", help="a walk around each object against one reference, on photographs or meshes")
     video.add_argument("dir", type=Path, metavar="DIR", help="as of photos, or of meshes")
     add_walk_arguments(video)
+    align = kinds.add_parser("align", help="objects of one kind laid over each other, on meshes sorted by name")
+    align.add_argument("dir", type=Path, metavar="DIR", help="folder of meshes, <source>/<object>.glb")
+    alignment.add_arguments(align)
     for kind in (photos, meshes, procedural, bop):
         kind.add_argument(
             "--protocol",
@@ -576,6 +580,9 @@ def add_walk_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pose-noise", type=float, default=0.0, metavar="DEG", help="by which every camera is turned (%(default)s)"
     )
+    parser.add_argument(
+        "--ordered", action="store_true", help="images are in the order in which they were taken, by little steps"
+    )
     parser.add_argument("--protocol", action="append", choices=(*PRIORS, "all"), help="may be repeated (all)")
     parser.add_argument("--queries", type=int, help="most queries of an object")
     parser.add_argument("--objects", type=lambda text: text.split(","), metavar="A,B,...", help="those to use")
@@ -617,6 +624,7 @@ def run_walks(args: argparse.Namespace, progress: bool = True) -> WalkReport:
         queries=args.queries,
         poses=args.poses,
         pose_noise_deg=args.pose_noise,
+        ordered=args.ordered,
         progress=_progress() if progress else None,
     )
 
@@ -684,6 +692,8 @@ def main(args: argparse.Namespace) -> int:
     try:
         if args.kind == "video":
             return _main_walks(args, console)
+        if args.kind == "align":
+            return _main_alignment(args, console)
         report, evaluation_set = run(args)
     except InputError as error:
         print(f"nope-ros evaluate: {error}", file=sys.stderr)
@@ -717,6 +727,18 @@ def _main_walks(args: argparse.Namespace, console: Console) -> int:
     if not report.scores:
         console.print("nothing was evaluated: no walk could be registered", style="red")
         return 1
+    if args.json is not None:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(report.to_json() + "\n", encoding="utf-8")
+    return 0
+
+
+def _main_alignment(args: argparse.Namespace, console: Console) -> int:
+    report = alignment.run(args, _progress())
+    for table in report.tables():
+        console.print(table)
+    for line in report.skipped:
+        console.print(f"not used: {line}", style="yellow", highlight=False)
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(report.to_json() + "\n", encoding="utf-8")

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
+from nope_ros.evaluation.depth_camera import measured_depth
 from nope_ros.evaluation.protocol import EvaluationObject, EvaluationSet, View, draw_pairs, generator
 from nope_ros.evaluation.symmetry import SymmetryCache
 from nope_ros.frame import Frame, InputError
@@ -39,6 +40,8 @@ _ROLL_SIGMA = np.radians(10.0)
 _VIEWS = 16
 _REFERENCES = 4
 _MARGIN = 4  # pixels between object and image border
+RADIUS_WITH_DEPTH = 0.1
+"""Metres, of objects that a depth camera sees, as its noise is in metres; else one, and no unit."""
 
 
 def mesh_set(
@@ -51,6 +54,7 @@ def mesh_set(
     views: int = _VIEWS,
     pairs: int | None = None,
     cache: Path | None = None,
+    depth: bool = False,
 ) -> EvaluationSet:
     """Renders of the meshes in a folder and its subfolders.
 
@@ -63,6 +67,7 @@ def mesh_set(
         views: of each object.
         pairs: most pairs of an object.
         cache: file of symmetries found before.
+        depth: whether frames hold the depth that a depth camera would have measured.
 
     Raises:
         InputError: if there are no meshes, or one named is missing.
@@ -80,7 +85,7 @@ def mesh_set(
             raise InputError(f"meshes: {folder} has no object {', '.join(missing)}; it has {', '.join(paths)}")
         paths = {key: path for key, path in paths.items() if any(_is_named(key, name) for name in objects)}
     sources = {name: partial(load_mesh, path) for name, path in paths.items()}
-    load = partial(_objects, sources, seed, tuple(protocols), references, views, pairs, SymmetryCache(cache))
+    load = partial(_objects, sources, seed, tuple(protocols), references, views, pairs, SymmetryCache(cache), depth)
     return EvaluationSet("meshes", str(folder), len(sources) * len(_groups(tuple(protocols))), load)
 
 
@@ -93,11 +98,12 @@ def procedural_set(
     views: int = _VIEWS,
     pairs: int | None = None,
     cache: Path | None = None,
+    depth: bool = False,
 ) -> EvaluationSet:
     """Renders of procedural objects that training never draws; arguments as of ``mesh_set``."""
     first = FIRST_UNSEEN_SEED + seed * count
     sources = {f"procedural/{number}": partial(procedural_object, number) for number in range(first, first + count)}
-    load = partial(_objects, sources, seed, tuple(protocols), references, views, pairs, SymmetryCache(cache))
+    load = partial(_objects, sources, seed, tuple(protocols), references, views, pairs, SymmetryCache(cache), depth)
     source = f"seeds {first}..{first + count - 1}"
     return EvaluationSet("procedural", source, count * len(_groups(tuple(protocols))), load)
 
@@ -121,6 +127,7 @@ def _objects(
     views: int,
     pairs: int | None,
     cache: SymmetryCache,
+    depth: bool,
 ) -> Iterator[EvaluationObject]:
     for name, load in sources.items():
         mesh = load().normalised()[0]
@@ -130,14 +137,14 @@ def _objects(
             kind = "free" if group == ("free",) else "level"
             yield EvaluationObject(
                 name,
-                tuple(_view(mesh, finish, seed, name, kind, number) for number in range(views)),
+                tuple(_view(mesh, finish, seed, name, kind, number, depth) for number in range(views)),
                 draw_pairs(views, seed, f"{name}/{kind}", references, pairs),
                 group,
                 symmetry,
             )
 
 
-def _view(mesh: Mesh, finish: Finish, seed: int, name: str, kind: str, number: int) -> View:
+def _view(mesh: Mesh, finish: Finish, seed: int, name: str, kind: str, number: int, depth: bool) -> View:
     rng = generator(seed, name, kind, str(number))
     for _ in range(20):
         R, t, K = random_camera(rng, level=kind == "level")
@@ -146,7 +153,8 @@ def _view(mesh: Mesh, finish: Finish, seed: int, name: str, kind: str, number: i
             _photograph(mesh, finish, R, t, K, light_seed)
         except InputError:  # a fork seen end-on has no outline to speak of
             continue
-        return View(f"{kind}/{number}", R, t, -R[:, 2], partial(_photograph, mesh, finish, R, t, K, light_seed))
+        read = partial(_photograph, mesh, finish, R, t, K, light_seed, depth)
+        return View(f"{kind}/{number}", R, t * (RADIUS_WITH_DEPTH if depth else 1.0), -R[:, 2], read)
     raise InputError(f"{name}: is hardly to be seen from anywhere; is the mesh empty, or a line?")
 
 
@@ -194,9 +202,16 @@ def _fits(centre: Array, K: Array) -> bool:
     return bool((normals @ centre / np.linalg.norm(normals, axis=1) >= 1).all())
 
 
-def _photograph(mesh: Mesh, finish: Finish, R: Array, t: Array, K: Array, light_seed: int) -> Frame:
+def _photograph(
+    mesh: Mesh, finish: Finish, R: Array, t: Array, K: Array, light_seed: int, depth: bool = False
+) -> Frame:
     rng = np.random.default_rng(light_seed)
     lighting = random_lighting(rng, R, finish)
     behind = np.full(3, rng.integers(40, 200), np.uint8)
     view = render(mesh, R, t, K, _WIDTH, _HEIGHT, lighting=lighting, background=behind)
-    return Frame.from_arrays(view.rgb, view.mask, K)
+    measured = None
+    if depth:
+        noise = np.random.default_rng((light_seed, 1))
+        wall = float(np.linalg.norm(t)) + noise.uniform(0.5, 3.0)
+        measured = measured_depth(RADIUS_WITH_DEPTH * view.depth, float(K[0, 0]), RADIUS_WITH_DEPTH * wall, noise)
+    return Frame.from_arrays(view.rgb, view.mask, K, measured)

@@ -155,6 +155,7 @@ def evaluate_walks(
     queries: int | None = None,
     poses: PoseSource = "given",
     pose_noise_deg: float = 0.0,
+    ordered: bool = False,
     progress: Progress | None = None,
 ) -> WalkReport:
     """Register every object of a set from one view and from many, and ask both about the rest of its views.
@@ -168,6 +169,7 @@ def evaluate_walks(
         queries: of each object, at most.
         poses: whether registration is given the cameras' poses.
         pose_noise_deg: every camera is turned by this angle about an axis of its own before registration.
+        ordered: whether views come as they were taken, by little steps, which registration is then told.
         progress: shows how far it is.
     """
     scores: list[PairScore] = []
@@ -183,7 +185,7 @@ def evaluate_walks(
                 if part:
                     rng = generator(seed, evaluated.name, "walk")
                     try:
-                        one = _Walked.of(evaluated, estimator, level, rng, keyframes, poses, pose_noise_deg)
+                        one = _Walked.of(evaluated, estimator, level, rng, keyframes, poses, pose_noise_deg, ordered)
                         scores += one.ask(part, queries)
                         seconds.append(one.seconds)
                         skipped += one.skipped
@@ -229,6 +231,7 @@ class _Walked:
         keyframes: int,
         poses: PoseSource,
         noise_deg: float,
+        ordered: bool,
     ) -> _Walked:
         views = evaluated.views
         first = int(rng.integers(len(views)))
@@ -236,10 +239,10 @@ class _Walked:
         directions = np.stack([views[index].direction for index in order])
         chosen = [int(order[index]) for index in farthest(directions, min(keyframes, len(views) // 2))]
         # In the order of the recording, but from the one drawn: its yaw is the object's.
-        chosen = [chosen[0], *sorted(chosen[1:])]
+        chosen = sorted(chosen) if ordered else [chosen[0], *sorted(chosen[1:])]
         frames = {index: views[index].read() for index in chosen}
         begin = time.perf_counter()
-        walk = Walk(estimator.predictor.crop_size, ordered=False)
+        walk = Walk(estimator.predictor.crop_size, ordered=ordered)
         for index in chosen:
             view = views[index]
             gravity = view.gravity_camera if level else None
