@@ -21,10 +21,10 @@ export PYTHONSAFEPATH := 1
 # colcon's script reads variables that may be unset.
 ACTIVATE := set +u; source install/setup.bash; set -u;
 
-.PHONY: help setup demo test docs clean
+.PHONY: help setup demo test docs checksums clean
 
 help: ## Show this
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## Install everything into .venv, build the messages (PYTHON=python3.12 chooses the Python)
 	@$(PYTHON) tools/setup_ros.py
@@ -42,6 +42,9 @@ docs: setup ## Build the documentation into out/docs
 	@$(VENV)/python -m pip install --quiet --disable-pip-version-check -c requirements-lock.txt -r requirements-docs.txt
 	@$(ACTIVATE) $(VENV)/python -m nope_ros.node.reference
 	@$(VENV)/mkdocs build --strict --quiet && echo "out/docs/index.html"
+
+checksums: ## Note the packaged weights as those to ship, after replacing them: `nope-ros doctor` compares
+	@for folder in nope_ros/weights/*/; do (cd "$$folder" && sha256sum model.safetensors > SHA256SUMS); done
 
 clean: ## Remove what setup and the demo made
 	rm -rf .venv build install log out/demo nope_ros.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -56,7 +56,7 @@ setup(
         "rosbags-image>=0.9",
         "safetensors>=0.4",
         "scipy>=1.11",
-        "torch>=2.4",
+        "torch>=2.6",
         "tqdm>=4.66",
     ],
     extras_require={

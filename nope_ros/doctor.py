@@ -133,10 +133,33 @@ def model(weights: str, place: str) -> Iterator[Finding]:
         yield Finding("problem", str(error), "check the parameters weights and device")
         return
     yield Finding("ok", f"{estimator.model_name} on {estimator.device}, sha256 {digest[:16]}…, from {folder}")
+    yield from as_shipped(folder)
     if not np.isfinite(pose.R_camera_object).all():
         yield Finding("problem", "the network gives no numbers", "the weights are damaged: install them again")
     else:
         yield Finding("ok", f"an object registered and found in {took:.1f} s (first call, slower than later ones)")
+
+
+def as_shipped(folder: Path) -> Iterator[Finding]:
+    """Whether weights are those that their SHA256SUMS was made from (`make checksums`)."""
+    sums = folder / "SHA256SUMS"
+    if not sums.is_file():
+        yield Finding("ok", f"no {sums.name} beside the weights: they are your own")
+        return
+    other = []
+    for line in sums.read_text(encoding="utf-8").splitlines():
+        told, _, name = line.partition("  ")
+        file = folder / Path(name).name
+        if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != told:
+            other.append(name)
+    if other:
+        yield Finding(
+            "problem",
+            f"{', '.join(other)}: not as shipped ({sums} says otherwise)",
+            "damaged, or half of an update: install the package again; if you put them there, `make checksums`",
+        )
+    else:
+        yield Finding("ok", "weights are as shipped")
 
 
 def store(folder: Path, weights: str) -> Iterator[Finding]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 import zlib
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
@@ -30,10 +31,13 @@ from nope_ros.video import Keyframes, Provenance
 
 _FORMAT_VERSION = "1"
 _KEYFRAME_ARRAYS = ("R_virtual_object", "R_camera_object", "R_fixed_object", "t_fixed_object", "hull")
+_OPTIONAL_KEYFRAME_ARRAYS = ("crops", "seen_at")  # which older files lack
 _SUFFIX = ".object.safetensors"
 _SAFE_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,62}")
-# An object takes kilobytes, with a mesh ten megabytes; a larger file is not one of ours and is not read into memory.
+# An object takes a megabyte, with a mesh ten; a larger file is not one of ours and is not read into memory.
 _LARGEST_FILE = 64 * 2**20
+# A save takes a fraction of one.
+_WRITING_SECONDS = 2.0
 
 
 class StoreError(InputError):
@@ -101,13 +105,17 @@ class ObjectStore:
         }
         if registered.rendered is not None:
             tensors |= _rendered_tensors(registered.rendered)
+        if registered.depth is not None:
+            tensors["depth"] = torch.from_numpy(registered.depth.copy())
         if registered.gravity_virtual is not None:
             tensors["gravity_virtual"] = torch.from_numpy(registered.gravity_virtual.copy())
         keyframes = registered.keyframes
         if keyframes is not None:
             tensors["keyframes.latents"] = keyframes.latents.detach().float().cpu().contiguous()
-            for key in _KEYFRAME_ARRAYS:
-                tensors[f"keyframes.{key}"] = torch.from_numpy(getattr(keyframes, key).copy())
+            for key in (*_KEYFRAME_ARRAYS, *_OPTIONAL_KEYFRAME_ARRAYS):
+                array = getattr(keyframes, key)
+                if array is not None:
+                    tensors[f"keyframes.{key}"] = torch.from_numpy(array.copy())
         metadata = {
             "format": _FORMAT_VERSION,
             "object_id": registered.object_id,
@@ -115,7 +123,12 @@ class ObjectStore:
             "scale": json.dumps([reference.distance, reference.angular_radius, reference.metric]),
         }
         if keyframes is not None:
-            about = {"names": keyframes.names, "spread": keyframes.spread, "provenance": asdict(keyframes.provenance)}
+            about = {
+                "names": keyframes.names,
+                "spread": keyframes.spread,
+                "normalised": keyframes.normalised,
+                "provenance": asdict(keyframes.provenance),
+            }
             metadata["keyframes"] = json.dumps(about)
         metadata["checksum"] = _checksum(tensors, metadata)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -151,6 +164,7 @@ class ObjectStore:
 
     def load_all(self, predictor: Predictor, batch_size: int = 1024) -> LoadReport:
         """Read every object; a damaged file, or one made with other weights, is reported and left where it is."""
+        self._sweep()
         objects, problems = [], []
         for path in sorted(self.folder.glob("[!.]*" + _SUFFIX)):
             try:
@@ -158,6 +172,15 @@ class ObjectStore:
             except StoreError as error:
                 problems.append(str(error))
         return LoadReport(tuple(objects), tuple(problems))
+
+    def _sweep(self) -> None:
+        """Remove what saves left half written whose process was killed; one that still runs may be at it."""
+        for path in self.folder.glob(f".*{_SUFFIX}.*.partial"):
+            number = path.name.split(".")[-2]
+            with suppress(OSError):  # gone already, or not ours to remove: it is in nobody's way
+                old = time.time() - path.stat().st_mtime > _WRITING_SECONDS
+                if old and not (number.isdigit() and _runs(int(number))):
+                    path.unlink()
 
     def _load(self, path: Path, predictor: Predictor, batch_size: int) -> RegisteredObject:
         try:
@@ -203,9 +226,23 @@ class ObjectStore:
                 batch_size=batch_size,
                 rendered=_rendered(arrays, tensors, predictor),
                 keyframes=_keyframes(metadata, tensors, predictor),
+                depth=arrays.get("depth"),
             )
         except (KeyError, ValueError, TypeError) as error:
             raise StoreError(f"storage: {path} is incomplete ({error}); register the object again") from None
+
+
+def _runs(pid: int) -> bool:
+    """Whether another process has this number; in a container each node may be the first process."""
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # somebody else's
+    return True
 
 
 def _checksum(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:
@@ -241,10 +278,14 @@ def _keyframes(metadata: dict[str, str], tensors: dict[str, torch.Tensor], predi
         return None
     about = json.loads(metadata["keyframes"])
     arrays: dict[str, Any] = {key: tensors[f"keyframes.{key}"].numpy() for key in _KEYFRAME_ARRAYS}
+    arrays |= {
+        key: tensors[f"keyframes.{key}"].numpy() for key in _OPTIONAL_KEYFRAME_ARRAYS if f"keyframes.{key}" in tensors
+    }
     return Keyframes(
         names=tuple(about["names"]),
         latents=tensors["keyframes.latents"].to(predictor.device),
         spread=float(about["spread"]),
+        normalised=float(about.get("normalised", 1.0)),
         provenance=Provenance(**about["provenance"]),
         **arrays,
     )

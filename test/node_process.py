@@ -106,7 +106,7 @@ class Robot:
             time.sleep(_SETTLE)
         self._publishers[topic].publish(message)
 
-    def listen(self, endpoint: topics.Endpoint, topic: str = "") -> str:
+    def listen(self, endpoint: topics.Endpoint, topic: str = "", qos: QoSProfile | None = None) -> str:
         topic = topic or endpoint.name.replace("~", self.name)
         self.received[topic].clear()
         self.arrived[topic].clear()
@@ -118,7 +118,7 @@ class Robot:
             self.arrived[topic].append(time.monotonic())
             self.received[topic].append(message)
 
-        self.node.create_subscription(endpoint.type, topic, receive, topics.output_qos())
+        self.node.create_subscription(endpoint.type, topic, receive, qos or topics.output_qos())
         self.until(lambda: self.node.count_publishers(topic) > 0, f"a publisher of {topic}")
         time.sleep(_SETTLE)
         return topic
@@ -159,7 +159,7 @@ class Robot:
         if new:
             self._clients[service, name] = self.node.create_client(service, name)
         client = self._clients[service, name]
-        assert client.wait_for_service(timeout), f"no service {name}"
+        assert client.wait_for_service(max(timeout, 60.0)), f"no service {name}"  # a node may be starting
         if new:
             time.sleep(_SETTLE)
         future = client.call_async(request)
@@ -230,12 +230,41 @@ class NodeProcess:
         if self.process.poll() is None:
             self.process.send_signal(number)
         try:
-            return self.process.wait(10)
+            return self.process.wait(30)
         except subprocess.TimeoutExpired:
             self.process.kill()
             pytest.fail(f"the node does not stop:\n{self.output}")
         finally:
             self._file.close()
+
+
+@contextmanager
+def answering_node(folder: Path, weights: Path, **parameters: Any) -> Iterator[NodeProcess]:
+    """The node as most tests want it: every pose is seen, inputs arrive; at the end it stops and has not crashed."""
+    # Untrained weights are sure of nothing.
+    values: dict[str, Any] = {"confidence_threshold": 0.0, "similarity_threshold": -1.0}
+    # A busy machine may lose what is sent best-effort, as the node asks for by default.
+    for topic in ("image", "mask", "camera_info"):
+        values[f"qos_overrides./{topic}.subscription.reliability"] = "reliable"
+    node = NodeProcess(folder / "log", weights, folder / "objects", **{**values, **parameters})
+    try:
+        node.says("Active", 60)
+        yield node
+    finally:
+        assert node.stop() == 0
+        assert node.is_clean(), node.output
+
+
+@contextmanager
+def connected_robot() -> Iterator[Robot]:
+    """A robot that the node has answered already."""
+    robot = Robot()
+    try:
+        poses = robot.listen(topics.POSES)
+        robot.until(lambda: bool(robot.frame(*scene()) and robot.received[poses]), "an answer to a frame", 30)
+        yield robot
+    finally:
+        robot.close()
 
 
 def _as_yaml(value: Any) -> str:

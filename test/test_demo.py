@@ -14,7 +14,7 @@ from nope_ros.demo.score import figures, percentiles, score_frame, within
 from nope_ros.demo.sequence import FolderRecording, Moment, Topics, Truth, choose_topics, open_recording, packaged
 from nope_ros.frame import Camera, InputError
 from nope_ros.latent import DEFAULT_WEIGHTS
-from nope_ros.rotations import exp, look_at
+from nope_ros.rotations import exp, geodesic_distance, look_at, turn_to
 
 ROOT = Path(__file__).resolve().parent.parent
 SEQUENCE = ROOT / "demo" / "sequence"
@@ -402,6 +402,82 @@ def test_bag_is_read_back(ros, tmp_path):
     (tmp_path / "broken.mcap").write_bytes(b"not a bag")
     with pytest.raises(InputError, match="broken"):
         open_recording(tmp_path / "broken.mcap")
+
+
+def write_moving(path, moments, R_map_object):
+    """The bag of a robot that carries a camera round: a moving base in a map, and a mount that stays where it is."""
+    from geometry_msgs.msg import Quaternion, TransformStamped, Vector3
+    from rclpy.serialization import serialize_message
+    from scipy.spatial.transform import Rotation
+    from tf2_msgs.msg import TFMessage
+
+    from nope_ros.demo.register import Trajectory
+    from nope_ros.node.bagfile import Recorded, open_bag, write_mcap
+
+    def transform(parent, child, R, t, when):
+        x, y, z, w = (float(one) for one in Rotation.from_matrix(R).as_quat())
+        sent = TransformStamped(child_frame_id=child)
+        sent.header.frame_id, sent.header.stamp.sec = parent, when // 10**9
+        sent.header.stamp.nanosec = when % 10**9
+        sent.transform.rotation = Quaternion(x=x, y=y, z=z, w=w)
+        sent.transform.translation = Vector3(x=float(t[0]), y=float(t[1]), z=float(t[2]))
+        return TFMessage(transforms=[sent])
+
+    write_bag(path, moments, gravity=False)
+    start, period = 1_700_000_000_000_000_000, 100_000_000
+    with open_bag(path) as reader:
+        recorded = [Recorded(c.topic, c.msgtype, when, bytes(data)) for c, when, data in reader.messages()]
+    R = np.stack([R_map_object @ moment.truth.R_camera_object.T for moment in moments])
+    t = np.stack(
+        [
+            R_map_object @ (-moment.truth.R_camera_object.T @ moment.truth.t_camera_object) + [4.0, -2.0, 0.7]
+            for moment in moments
+        ]
+    )
+    walked = Trajectory(0.1 * np.arange(len(moments)), R, t)
+    R_base_camera, t_base_camera = exp(np.array([0.3, -1.1, 0.4])), np.array([0.1, 0.02, 0.5])
+    kind = "tf2_msgs/msg/TFMessage"
+    mount = transform("base", moments[0].frame_id, R_base_camera, t_base_camera, 0)
+    recorded.append(Recorded("/tf_static", kind, start - 5, serialize_message(mount)))
+    # TF at stamps of its own, that begin after the first image.
+    for when in np.arange(0.2, len(moments) - 1, 0.09):
+        R_camera_map, t_camera_map = walked.at(0.1 * float(when))
+        R_base_map = R_base_camera @ R_camera_map
+        t_base_map = R_base_camera @ t_camera_map + t_base_camera
+        stamp = start + int(when * period)
+        moved = transform("map", "base", R_base_map.T, -R_base_map.T @ t_base_map, stamp)
+        recorded.append(Recorded("/tf", kind, stamp + 3, serialize_message(moved)))
+    write_mcap(path, sorted(recorded, key=lambda message: message.received))
+
+
+def test_a_walk_takes_the_cameras_motion_from_tf(ros, tmp_path, capsys):
+    from nope_ros.cli import main
+    from nope_ros.estimator import PoseEstimator
+    from nope_ros.store import ObjectStore
+
+    moments = [half_size(moment) for moment in list(FolderRecording(SEQUENCE))[::6]]
+    up = -moments[0].truth.R_camera_object.T @ moments[0].gravity_camera
+    R_map_object = exp(np.array([0, 0, 0.8])) @ turn_to(up)
+    write_moving(tmp_path / "walk.mcap", moments, R_map_object)
+    words = ["register", "mug", "--bag", str(tmp_path / "walk.mcap"), "--store", str(tmp_path), "--device", "cpu"]
+    assert main([*words, "--fixed-frame", "map"]) == 0
+    said = capsys.readouterr().out
+    assert "poses given" in said and "up from gravity" in said and "lengths: metres, by the poses" in said
+    assert said.count("no camera pose is known") == 2, "TF began after the first image, and ended before the last"
+    (mug,) = ObjectStore(tmp_path).load_all(PoseEstimator.from_pretrained(device="cpu").predictor).objects
+    keyframes = mug.keyframes
+    np.testing.assert_allclose(keyframes.R_fixed_object[:, 2], [0, 0, 1], atol=1e-6)
+    assert np.linalg.norm(keyframes.t_fixed_object - [4.0, -2.0, 0.7]) < 0.3 * mug.reference.distance
+    stamps = {f"{1_700_000_000 + 0.1 * index:.3f}": moment for index, moment in enumerate(moments)}
+    truths = [stamps[f"{float(name):.3f}"].truth.R_camera_object for name in keyframes.names]
+    for R_found, R_true in zip(keyframes.R_camera_object, truths, strict=True):
+        R_expected = R_true @ R_map_object.T @ keyframes.R_fixed_object
+        assert np.degrees(geodesic_distance(R_found, R_expected)) < 1.0
+    # In the frame of the robot's own base the camera never moved; and there are frames that nobody sends.
+    assert main([*words, "--fixed-frame", "base"]) != 0
+    assert "choose a fixed frame in which the camera moves" in capsys.readouterr().err
+    assert main([*words, "--fixed-frame", "odom"]) != 0
+    assert "frame 'odom' was never sent" in capsys.readouterr().err
 
 
 def test_demo_plays_a_bag_with_gravity_from_its_tf(ros, untrained, tmp_path):

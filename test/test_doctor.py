@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import pytest
 from node_process import K, camera_info_message, image_message, scene, write_untrained_weights
 
 from nope_ros import doctor
-from nope_ros.doctor import Heard, judge
+from nope_ros.doctor import Heard, as_shipped, judge
+from nope_ros.latent import DEFAULT_WEIGHTS
 
 NOW = 1_700_000_000_000_000_000
 
@@ -69,6 +71,21 @@ def test_nothing_comes() -> None:
     }
     found = problems(silent)
     assert "nobody publishes /image" in found[0] and "nothing came" in found[1] and len(found) == 3
+
+
+def test_packaged_weights_are_as_shipped(tmp_path: Path) -> None:
+    for folder in DEFAULT_WEIGHTS.parent.iterdir():
+        found = list(as_shipped(folder))
+        assert [one.what for one in found] == ["weights are as shipped"], f"{folder.name}: run make checksums"
+    shutil.copytree(folder, tmp_path / "weights")
+    weights = tmp_path / "weights" / "model.safetensors"
+    damaged = bytearray(weights.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    weights.write_bytes(damaged)
+    (one,) = as_shipped(tmp_path / "weights")
+    assert one.level == "problem" and one.what.startswith("model.safetensors: not as shipped")
+    weights.unlink()
+    assert next(as_shipped(tmp_path / "weights")).what.startswith("model.safetensors: not as shipped")
 
 
 def test_this_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

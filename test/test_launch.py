@@ -22,6 +22,7 @@ from node_process import (
     scene,
     write_untrained_weights,
 )
+from vision_msgs.msg import Detection2D, Detection2DArray
 
 from nope_ros.node import topics
 from nope_ros.node.parameters import BY_NAME
@@ -58,9 +59,9 @@ def constants(path: Path) -> dict[str, Any]:
     return found
 
 
-def test_there_are_four() -> None:
-    names = ["boxes.launch.py", "demo.launch.py", "nope.launch.py", "two_cameras.launch.py"]
-    assert [path.name for path in FILES] == names
+def test_there_are_five() -> None:
+    names = ["boxes", "demo", "nope", "segmentation", "two_cameras"]
+    assert [path.name for path in FILES] == [f"{name}.launch.py" for name in names]
 
 
 def test_two_cameras_share_no_folder_and_no_frame() -> None:
@@ -138,6 +139,34 @@ def test_nope_launch(launch: None, tmp_path: Path) -> None:
             robot.publish("/camera/color", image_message(image, "rgb8", when))
             robot.publish("/arm/camera_info", camera_info_message(when))
             robot.publish("/detector/mask", image_message(mask, "mono8", when))
+            assert robot.wait(poses, lambda message: message.poses).poses[0].object_id == "mug"
+        finally:
+            robot.close()
+
+
+@pytest.mark.parametrize("listed", [True, False], ids=["a list", "an image"])
+def test_segmentation_launch(launch: None, tmp_path: Path, listed: bool) -> None:
+    """A network's list, in a namespace, becomes poses; so does its image, without the helper."""
+    weights = write_untrained_weights(tmp_path / "weights")
+    parameters = tmp_path / "mine.yaml"
+    values = {"similarity_threshold": -1.0, "storage.directory": str(tmp_path / "objects"), "weights": str(weights)}
+    parameters.write_text(yaml.safe_dump({"/**": {"ros__parameters": values}}))
+    words = ["namespace:=arm", "image:=/camera/color", "device:=cpu", f"params_file:={parameters}"]
+    words += ["segments:=/yolo/result", "type:=vision_msgs/msg/Detection2DArray"] if listed else ["mask:=/sam/mask"]
+    image, mask = scene()
+    with ros_context(), launched(tmp_path / "log", "segmentation.launch.py", *words):
+        robot = Robot("/arm/nope")
+        try:
+            assert robot.register("mug", image, mask).success
+            poses = robot.listen(topics.POSES)
+            when = time.time_ns()
+            robot.publish("/camera/color", image_message(image, "rgb8", when))
+            robot.publish("/arm/camera_info", camera_info_message(when))
+            if listed:  # of a type that is installed here and holds no masks: refused aloud, by the helper
+                robot.publish("/yolo/result", Detection2DArray(detections=[Detection2D()]))
+                robot.until(lambda: "holds no masks" in (tmp_path / "log").read_text(), "a refusal")
+                return
+            robot.publish("/sam/mask", image_message(mask, "mono8", when))
             assert robot.wait(poses, lambda message: message.poses).poses[0].object_id == "mug"
         finally:
             robot.close()

@@ -28,7 +28,9 @@ from node_process import (
     K,
     NodeProcess,
     Robot,
+    answering_node,
     camera_info_message,
+    connected_robot,
     image_message,
     ros_context,
     scene,
@@ -63,30 +65,22 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def node(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeProcess]:
-    folder = tmp_path_factory.mktemp("node")
-    with ros_context():
-        # Untrained weights are sure of nothing: every pose is to be seen.
-        values = {"confidence_threshold": 0.0, "similarity_threshold": -1.0}
-        # A busy machine may lose what is sent best-effort, as the node asks for by default.
-        for topic in ("image", "mask", "camera_info"):
-            values[f"qos_overrides./{topic}.subscription.reliability"] = "reliable"
-        node = NodeProcess(folder / "log", weights, folder / "objects", **values)
-        try:
-            node.says("Active", 60)
-            yield node
-        finally:
-            assert node.stop() == 0
-            assert node.is_clean(), node.output
+def meshes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that the node may read meshes from."""
+    return tmp_path_factory.mktemp("meshes")
+
+
+@pytest.fixture(scope="module")
+def node(weights: Path, meshes: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeProcess]:
+    values = {"mesh.directory": str(meshes)}
+    with ros_context(), answering_node(tmp_path_factory.mktemp("node"), weights, **values) as node:
+        yield node
 
 
 @pytest.fixture(scope="module")
 def connected(node: NodeProcess) -> Iterator[Robot]:
-    robot = Robot()
-    poses = robot.listen(topics.POSES)
-    robot.until(lambda: bool(robot.frame(*scene()) and robot.received[poses]), "an answer to a frame", 30)
-    yield robot
-    robot.close()
+    with connected_robot() as robot:
+        yield robot
 
 
 @pytest.fixture
@@ -209,6 +203,34 @@ def _nanoseconds(message: Any) -> int:
 
 def _values(message: Any) -> dict[str, str]:
     return {one.key: one.value for one in message.status[0].values}
+
+
+def test_status_for_people(node: NodeProcess, robot: Robot) -> None:
+    """A person who comes late is told what was said last; then what changes, at most once a second."""
+    image, mask = scene()
+    before = node.output.count("nothing has come on /image")
+    assert robot.register("mug", image, mask, reference_distance=0.8).success
+    status = robot.listen(topics.STATUS, qos=topics.latched_qos())
+    robot.wait(status, timeout=1.0)
+    robot.frame(image, mask)
+    seen = robot.wait(status, lambda message: "mug: seen" in message.data).data
+    assert re.search(r"mug: seen \d+\.\d s ago at 0\.8\d m in 'camera_optical', confidence 0\.\d\d, \w+, trusted", seen)
+    assert "/nope is active: untrained on cpu, gravity: none" in seen
+    assert re.search(r"crop \d+ / \d+, encode \d+ / \d+, match \d+ / \d+, pose \d+ / \d+, publish \d+ / \d+", seen)
+    robot.frame(image, mask[:50])
+    robot.wait(status, lambda message: "wrong: mask: size 320x50" in message.data)
+    robot.wait(status, lambda message: "nothing has come on /image for" in message.data)
+    assert node.output.count("nothing has come on /image") - before <= 1, "told when it begins"
+
+    def well() -> bool:  # with frames that go on coming
+        robot.frame(image, mask)
+        time.sleep(0.1)
+        return any(re.search(r"mug: seen [0-2]\.(.|\n)*nothing is wrong", one.data) for one in robot.received[status])
+
+    robot.received[status].clear()
+    robot.until(well, "a status without a problem", 30)
+    node.says("Inputs are well again")
+    assert np.diff(robot.arrived[status][1:]).min() > 0.5, "once a second"
 
 
 def test_mask_a_second_late(node: NodeProcess, robot: Robot) -> None:
@@ -392,12 +414,17 @@ def test_bad_request(node: NodeProcess, robot: Robot, case: str) -> None:
     assert robot.objects() == []
 
 
-def test_register_a_mesh(node: NodeProcess, robot: Robot, tmp_path: Path) -> None:
-    """Of the path nothing is assumed: not that it exists, nor that it is a mesh."""
+def test_register_a_mesh(node: NodeProcess, robot: Robot, tmp_path: Path, meshes: Path) -> None:
+    """Of the path nothing is assumed: not that it exists, nor that it is a mesh, nor that it is in the folder."""
+    box = trimesh.creation.box((0.1, 0.06, 0.2))
+    box.export(tmp_path / "box.ply")
     request = RegisterObject.Request(object_id="box", mesh_file=str(tmp_path / "box.ply"))
     refused = robot.call(RegisterObject, "/nope/register_object", request)
+    assert not refused.success and "leads out of mesh.directory" in refused.message
+    request.mesh_file = "box.ply"
+    refused = robot.call(RegisterObject, "/nope/register_object", request)
     assert not refused.success and "there is no file" in refused.message
-    trimesh.creation.box((0.1, 0.06, 0.2)).export(tmp_path / "box.ply")
+    box.export(meshes / "box.ply")
     response = robot.call(RegisterObject, "/nope/register_object", request, timeout=60.0)
     assert response.success, response.message
     assert robot.objects() == ["box"]
@@ -687,6 +714,8 @@ def test_lifecycle_in_a_namespace_with_all_inputs_otherwise(weights: Path, tmp_p
         assert set_parameter(robot, "weights", str(broken)) == ""
         assert not change_state(robot, Transition.TRANSITION_ACTIVATE)
         other.says("damaged or cut short")
+        status = robot.listen(topics.STATUS, qos=topics.latched_qos())
+        robot.wait(status, lambda m: "damaged or cut short" in m.data and "`ros2 lifecycle set /arm/nope" in m.data)
         assert set_parameter(robot, "weights", str(weights)) == ""
         assert set_parameter(robot, "gravity.imu_topic", "imu") == ""
         assert change_state(robot, Transition.TRANSITION_ACTIVATE)
@@ -705,13 +734,15 @@ def test_lifecycle_in_a_namespace_with_all_inputs_otherwise(weights: Path, tmp_p
         jpeg.header = image_message(image, "rgb8", when).header
         jpeg.data = array("B", cv2.imencode(".jpg", image[..., ::-1])[1].tobytes())
         robot.publish("/camera/jpeg", jpeg)
-        robot.wait(diagnostics, lambda m: "nothing has come on /arm/camera_info, /detector/mask" in m.status[0].message)
+        robot.wait(diagnostics, lambda m: "/arm/camera_info, /detector/mask for" in m.status[0].message)
         robot.publish("/arm/camera_info", camera_info_message(when))
         robot.publish("/detector/mask", image_message(mask, "mono8", when))
         assert robot.wait(poses, lambda message: message.poses).poses[0].prior == "standing"
 
         assert change_state(robot, Transition.TRANSITION_DEACTIVATE)
-        robot.wait(diagnostics, lambda m: _values(m)["model"] == "none" and m.status[0].message == "not active")
+        robot.wait(
+            diagnostics, lambda m: _values(m)["model"] == "none" and m.status[0].message.startswith("not active")
+        )
         assert robot.objects() == []
         assert change_state(robot, Transition.TRANSITION_ACTIVATE)
         assert robot.objects() == ["mug"], "loaded again"

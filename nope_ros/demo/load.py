@@ -1,8 +1,12 @@
 """The node under load: latency, frames dropped, memory, CPU, and how fast services answer meanwhile.
 
     nope-ros load --objects 20 --size 1920x1080 --rate 30 --compressed --seconds 30
+    nope-ros load --objects 1 20 --size 640x480 1920x1080 --out docs/load.md    # some of them
     nope-ros load --all --seconds 20 --out docs/load.md          # 1, 5, 20 objects; sizes, rates, raw and compressed
-    nope-ros load --seconds 1800                                 # does anything grow?
+    nope-ros load --seconds 1800 --out docs/load.md              # does anything grow? A figure, and a verdict
+
+A page that has places for them gets them there: <!-- load --> the table, <!-- load over time --> what a run of ten
+minutes or more shows.
 
 Frames of the bundled sequence, enlarged, go to the node as its own process over DDS, by camera and detector of this
 process. On a busy machine the figures are the machine's.
@@ -13,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import struct
 import sys
 import tempfile
@@ -20,7 +25,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -33,6 +38,7 @@ from rclpy.qos import QoSProfile, ReliabilityPolicy
 from rclpy.serialization import serialize_message
 from rich.console import Console
 from rich.progress import Progress
+from scipy import stats
 from sensor_msgs.msg import CompressedImage
 
 from nope_ros.demo.player import camera_info_message, header, mask_message
@@ -47,6 +53,12 @@ from nope_ros.srv import ListObjects, RegisterObject
 _PICTURES = 5
 # Not measured: the first calls of a network are slower, and its memory is still being taken.
 _WARM_UP = 3.0
+# From this many seconds on it can be said whether memory grows. Its first part, in which allocators and caches fill, is
+# left out.
+_LONG = 600.0
+_SETTLING = 1 / 4
+# Growth that matters, MB an hour: a robot that is left running for a week gains less than a gigabyte.
+_MATTERS = 5.0
 
 
 @dataclass(frozen=True)
@@ -62,16 +74,70 @@ class Case:
 
 
 @dataclass(frozen=True)
+class Growth:
+    """Memory over time as a straight line: MB an hour, with half the width of its 95 % interval."""
+
+    slope: float
+    uncertainty: float
+
+    @property
+    def grows(self) -> bool:
+        """Whether memory grows for certain, and by more than matters."""
+        return self.slope - self.uncertainty > 0 and self.slope > _MATTERS
+
+
+@dataclass(frozen=True)
 class Figures:
-    """What was measured. Milliseconds; percent of one core; megabytes."""
+    """What was measured. Milliseconds; percent of one core; megabytes.
+
+    Attributes:
+        sent: frames.
+        answered: those that had an answer.
+        latency_ms: from image to pose: p50, p95, p99.
+        service_ms: of list_objects, likewise.
+        cpu_percent: of the node.
+        others_percent: of all other processes but the camera's, meanwhile.
+        cores: of the machine.
+        memory: (seconds, MB) once a second.
+        latency: (seconds, ms) of each answer.
+    """
 
     sent: int
     answered: int
     latency_ms: tuple[float, float, float]
     service_ms: tuple[float, float, float]
     cpu_percent: float
-    memory_mb: float
-    growth_mb_per_minute: float
+    others_percent: float
+    cores: int
+    memory: tuple[tuple[float, float], ...]
+    latency: tuple[tuple[float, float], ...]
+
+    @property
+    def memory_mb(self) -> float:
+        """At the end."""
+        return self.memory[-1][1]
+
+    @property
+    def growth(self) -> Growth | None:
+        """How memory grew after the first quarter; None if the run is too short to tell."""
+        return growth(self.memory) if self.memory[-1][0] >= _LONG else None
+
+
+def growth(memory: Sequence[tuple[float, float]]) -> Growth:
+    """A straight line through memory over time: (seconds, MB), its first quarter left out.
+
+    The line goes through the medians of minutes. Memory moves in steps that stay, so neighbouring minutes do not err
+    independently, and least squares' own interval would be far too narrow: steps s add up to a random walk, about which
+    a line's slope scatters by sqrt(6/5) std(s) / sqrt(n).
+    """
+    seconds, megabytes = np.array(memory).T
+    kept = seconds >= _SETTLING * seconds[-1]
+    minute = (seconds[kept] // 60).astype(int)
+    numbers = np.unique(minute)
+    medians = np.array([np.median(megabytes[kept][minute == number]) for number in numbers])
+    slope = np.polyfit(numbers / 60, medians, 1)[0]
+    scatter = 60 * np.sqrt(6 / 5) * np.diff(medians).std(ddof=1) / np.sqrt(len(numbers))
+    return Growth(float(slope), float(stats.t.ppf(0.975, len(numbers) - 2) * scatter))
 
 
 def pictures(case: Case) -> list[Moment]:
@@ -186,14 +252,14 @@ class _Run:
         sent: dict[int, float] = {}
         services: list[float] = []
         begin = time.monotonic()
-        usage: list[tuple[float, float, float]] = []
+        usage: list[tuple[float, ...]] = []
         pending: tuple[float, Any] | None = None
         while (now := time.monotonic()) - begin < _WARM_UP + self.case.seconds:
             stamp = time.time_ns()
             self.sender.send(len(sent), stamp)
             sent[stamp] = now
             if not usage or now - usage[-1][0] > 1:
-                usage.append((now, *_process_usage(self.process.pid)))
+                usage.append((now, *_process_usage(self.process.pid), time.process_time(), _machine_seconds()))
             if pending is not None and pending[1].done():
                 pending = None
             if pending is None and len(sent) % max(1, round(self.case.rate / 2)) == 0:
@@ -209,13 +275,21 @@ class _Run:
         self.thread.join(5)
         self.node.destroy_node()
         counted = {stamp: when for stamp, when in sent.items() if when - begin >= _WARM_UP}
-        latency = [self.arrived[stamp] - when for stamp, when in counted.items() if stamp in self.arrived]
-        used = [one for one in usage if one[0] - begin >= _WARM_UP]
-        times, cpu, memory = (np.array([one[i] for one in used]) for i in range(3))
-        slope = float(np.polyfit(times / 60, memory, 1)[0]) if len(used) > 2 else 0.0
-        percent = 100 * (cpu[-1] - cpu[0]) / max(times[-1] - times[0], 1e-9)
+        waited = [
+            (when - begin, self.arrived[stamp] - when) for stamp, when in counted.items() if stamp in self.arrived
+        ]
+        used = np.array([one for one in usage if one[0] - begin >= _WARM_UP])
+        spent = 100 * (used[-1] - used[0]) / max(used[-1, 0] - used[0, 0], 1e-9)
         return Figures(
-            len(counted), len(latency), _percentiles(latency), _percentiles(services), percent, memory[-1], slope
+            sent=len(counted),
+            answered=len(waited),
+            latency_ms=_percentiles([seconds for _, seconds in waited]),
+            service_ms=_percentiles(services),
+            cpu_percent=float(spent[1]),
+            others_percent=float(spent[4] - spent[1] - spent[3]),
+            cores=os.cpu_count() or 1,
+            memory=tuple((round(now - begin, 1), round(megabytes, 2)) for now, _, megabytes, *_ in used.tolist()),
+            latency=tuple((round(when, 2), round(1000 * seconds, 1)) for when, seconds in waited),
         )
 
 
@@ -225,6 +299,12 @@ def _process_usage(pid: int) -> tuple[float, float]:
     seconds = (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     return seconds, pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def _machine_seconds() -> float:
+    """CPU seconds that all processes of this machine used so far."""
+    user, nice, system, _, _, *interrupts = map(int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:8])
+    return (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
 
 
 def _percentiles(seconds: Sequence[float]) -> tuple[float, float, float]:
@@ -249,17 +329,104 @@ def line(case: Case, figures: Figures) -> str:
         f"{figures.answered / case.seconds:.1f}",
         f"{dropped:.0f} %",
         f"{figures.cpu_percent:.0f} %",
+        f"{figures.others_percent:.0f} % of {100 * figures.cores} %",
         f"{figures.memory_mb:.0f}",
-        f"{figures.growth_mb_per_minute:+.1f}",
         " / ".join(f"{value:.0f}" for value in figures.service_ms),
     ]
     return "| " + " | ".join(cells) + " |"
 
 
 HEAD = (
-    "| objects | image | Hz | | latency p50 / p95 / p99, ms | poses a second | frames left out | CPU | memory, MB "
-    "| growth, MB/min | list_objects p50 / p95 / p99, ms |\n|" + " --- |" * 11
+    "| objects | image | Hz | | latency p50 / p95 / p99, ms | poses a second | frames left out | CPU "
+    "| of others | memory, MB | list_objects p50 / p95 / p99, ms |\n|" + " --- |" * 11
 )
+
+
+def over_time(case: Case, figures: Figures, picture: str) -> str:
+    """What a long run shows, as Markdown around its picture."""
+    grown = figures.growth
+    assert grown is not None
+    verdict = "It grows." if grown.grows else "No growth is seen."
+    minutes = case.seconds / 60
+    return (
+        f"{HEAD}\n{line(case, figures)}\n\n![Memory and latency over time]({picture})\n\n"
+        f"**{verdict}** Of {minutes:.0f} minutes, the first {_SETTLING * minutes:.0f} are left out, "
+        f"in which caches fill; a line through the medians of the other minutes rises by {grown.slope:+.1f} ± "
+        f"{grown.uncertainty:.1f} MB/h (95 %). Growth would be a slope of more than {_MATTERS:g} MB/h whose interval "
+        "leaves out zero."
+    )
+
+
+def draw(figures: Figures, path: Path) -> None:
+    """Memory with its line, and latency, over time."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    seconds, megabytes = np.array(figures.memory).T
+    when, latency = np.array(figures.latency).T
+    figure, (above, below) = plt.subplots(2, sharex=True, figsize=(8, 5), layout="constrained")
+    above.plot(seconds / 60, megabytes, lw=1)
+    grown = figures.growth
+    if grown is not None:
+        kept = seconds >= _SETTLING * seconds[-1]
+        middle = seconds[kept].mean()
+        fitted = np.median(megabytes[kept]) + grown.slope * (seconds[kept] - middle) / 3600
+        label = f"{grown.slope:+.1f} ± {grown.uncertainty:.1f} MB/h"
+        above.plot(seconds[kept] / 60, fitted, "k--", lw=1, label=label)
+        above.legend()
+    above.set(ylabel="memory of the node, MB", ylim=(0.9 * megabytes.min(), 1.05 * megabytes.max()))
+    minute = (when // 60).astype(int)
+    for percent in (50, 95, 99):
+        levels = [np.percentile(latency[minute == number], percent) for number in np.unique(minute)]
+        below.plot(np.unique(minute) + 0.5, levels, ".-", lw=1, label=f"p{percent}")
+    below.set(xlabel="minutes", ylabel="image to pose, ms", ylim=(0, None))
+    below.legend(ncols=3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def write(rows: Sequence[tuple[Case, Figures]], out: Path) -> None:
+    """Tables and pictures into a page, or the figures themselves into a .json file."""
+    if out.suffix == ".json":
+        plain = [{"case": asdict(case), "figures": asdict(figures)} for case, figures in rows]
+        out.write_text(json.dumps(plain) + "\n", encoding="utf-8")
+        return
+    page = out.read_text(encoding="utf-8") if out.exists() else "<!-- load --><!-- /load -->\n"
+    long = [row for row in rows if row[1].growth is not None]
+    short = [row for row in rows if row[1].growth is None]
+    if short:
+        page = _placed(page, "load", "\n".join([HEAD, *(line(*row) for row in short)]), out)
+    if long:
+        picture = out.parent / "images" / "load.png"
+        draw(long[-1][1], picture)
+        told = over_time(*long[-1], str(picture.relative_to(out.parent)))
+        page = _placed(page, "load over time", told, out)
+    out.write_text(page, encoding="utf-8")
+
+
+def _placed(page: str, name: str, text: str, out: Path) -> str:
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    if begin not in page:
+        return f"{page}\n{begin}\n{text}\n{end}\n"
+    if end not in page:
+        raise InputError(f"{out}: {begin} has no {end}")
+    return re.sub(re.escape(begin) + ".*?" + re.escape(end), lambda _: f"{begin}\n{text}\n{end}", page, flags=re.DOTALL)
+
+
+def read(path: Path) -> list[tuple[Case, Figures]]:
+    """What ``write`` put into a .json file.
+
+    Raises:
+        InputError: if it is none.
+    """
+    try:
+        plain = json.loads(path.read_text(encoding="utf-8"))
+        return [(Case(**one["case"]), Figures(**one["figures"])) for one in plain]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{path}: holds no figures of nope-ros load ({error})") from None
 
 
 def _cases(given: argparse.Namespace) -> Iterator[Case]:
@@ -268,10 +435,11 @@ def _cases(given: argparse.Namespace) -> Iterator[Case]:
         for (width, height), rate, compressed, objects in product(sizes, (30.0, 60.0), (False, True), (1, 5, 20)):
             yield Case(objects, width, height, rate, compressed, given.seconds)
         return
-    width, _, height = given.size.partition("x")
-    if not (width.isdigit() and height.isdigit()):
-        raise InputError(f"--size: {given.size} is not WIDTHxHEIGHT")
-    yield Case(given.objects, int(width), int(height), given.rate, given.compressed, given.seconds)
+    for size, objects in product(given.size, given.objects):
+        width, _, height = size.partition("x")
+        if not (width.isdigit() and height.isdigit()):
+            raise InputError(f"--size: {size} is not WIDTHxHEIGHT")
+        yield Case(objects, int(width), int(height), given.rate, given.compressed, given.seconds)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -279,8 +447,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="nope-ros load", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--objects", type=int, default=1, help="registered ones; one is in view (%(default)s)")
-    parser.add_argument("--size", default="640x480", help="of the images (%(default)s)")
+    parser.add_argument("--objects", type=int, nargs="+", default=[1], help="registered ones; one is in view (1)")
+    parser.add_argument("--size", nargs="+", default=["640x480"], help="of the images (640x480)")
     parser.add_argument("--rate", type=float, default=30.0, help="frames a second (%(default)s)")
     parser.add_argument("--compressed", action="store_true", help="JPEG, not raw")
     parser.add_argument("--seconds", type=float, default=20.0, help="after a warm-up (%(default)s)")
@@ -288,28 +456,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--weights", default="", help="as the node's parameter")
     parser.add_argument("--threads", type=int, default=0, help="as the node's parameter")
     parser.add_argument("--no-gravity", action="store_true", help="any rotation is possible")
-    parser.add_argument("--out", type=Path, help="write the table here, as Markdown; .json for the figures themselves")
+    parser.add_argument(
+        "--out", type=Path, action="append", help="write into this page; into .json, the figures themselves; repeatable"
+    )
+    parser.add_argument("--figures", type=Path, help="a .json of before: measure nothing, write its pages again")
     given = parser.parse_args(arguments)
     console = Console()
     rows: list[tuple[Case, Figures]] = []
     try:
-        cases = list(_cases(given))
+        if given.figures is not None:
+            rows = read(given.figures)
+        cases = list(_cases(given)) if given.figures is None else []
         with Progress(console=console) as progress:
             for case in progress.track(cases, description="cases"):
                 figures = measure(case, weights=given.weights, threads=given.threads, gravity=not given.no_gravity)
                 rows.append((case, figures))
+                # After each case: what was measured for hours is not lost with the one that fails.
+                for out in given.out or ():
+                    write(rows, out)
+        if given.figures is not None:
+            for out in given.out or ():
+                write(rows, out)
     except (InputError, SessionError) as error:
         console.print(f"nope-ros load: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
         return 130
-    table = "\n".join([HEAD, *(line(*row) for row in rows)])
-    print(table)
-    if given.out is not None and given.out.suffix == ".json":
-        plain = [{**vars(case), **vars(figures)} for case, figures in rows]
-        given.out.write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
-    elif given.out is not None:
-        given.out.write_text(table + "\n", encoding="utf-8")
+    print("\n".join([HEAD, *(line(*row) for row in rows)]))
     return 0
 
 

@@ -9,9 +9,7 @@ it. GrabCut (Rother et al. 2004) tells colours apart, not objects: a segmentatio
 
 from __future__ import annotations
 
-import signal
 import sys
-import threading
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -140,12 +138,10 @@ def _clipped(box: Box, factor: float, width: int, height: int) -> tuple[int, int
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the node until SIGINT or SIGTERM; returns the exit code."""
-    import rclpy
-    from rclpy.executors import SingleThreadedExecutor
     from rclpy.node import Node
-    from rclpy.signals import SignalHandlerOptions
 
     from nope_ros.node import topics
+    from nope_ros.node.process import run
 
     class MaskFromBoxes(Node):
         """See the module."""
@@ -192,19 +188,7 @@ def main(arguments: list[str] | None = None) -> int:
                 return
             self._mask.publish(mask_message(image.header, found.astype(np.uint16)))
 
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    rclpy.init(args=arguments, signal_handler_options=SignalHandlerOptions.NO)
-    node = MaskFromBoxes()
-    executor = SingleThreadedExecutor()
-    executor.add_node(node)
-    while not stop.is_set():
-        executor.spin_once(timeout_sec=0.2)
-    executor.shutdown()
-    node.destroy_node()
-    rclpy.shutdown()
-    return 0
+    return run("mask_from_boxes", MaskFromBoxes, arguments)
 
 
 if __name__ == "__main__":

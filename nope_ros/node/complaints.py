@@ -1,4 +1,4 @@
-"""Says what is wrong, once, and then not thirty times a second."""
+"""Says what is wrong when it begins to be, and then not thirty times a second."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-# A problem that lasts is told again this often, seconds.
+# A problem that has not come for so long is over, seconds; when it comes again it is told again.
 PERIOD = 10.0
 _MOST_KINDS = 200
 
 
 @dataclass
 class _Told:
-    when: float
-    since: int = 0
+    last: float
+    times: int = 1
 
 
 class Complaints:
-    """Passes a message on when it is new, then every ``PERIOD`` seconds with the number of times it came in between.
+    """Passes a message on when it is new, and when it comes back, then with the number of times it came before.
 
     Messages that differ only in their numbers are the same problem.
 
@@ -46,11 +46,12 @@ class Complaints:
             self.total += 1
             self.last = (text, now)
             told = self._told.get(kind)
-            if told is not None and now - told.when < PERIOD:
-                told.since += 1
+            if told is not None and now - told.last < PERIOD:
+                told.last = now
+                told.times += 1
                 return
             if len(self._told) >= _MOST_KINDS:
                 self._told.clear()
             self._told[kind] = _Told(now)
-        again = f" ({told.since} more in the last {now - told.when:.0f} s)" if told is not None and told.since else ""
+        again = f" (as before: {told.times} times until {now - told.last:.0f} s ago)" if told is not None else ""
         self._say(text + again)

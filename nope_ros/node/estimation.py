@@ -22,6 +22,7 @@ from nope_ros.node.parameters import Settings
 from nope_ros.pose import PoseEstimate
 from nope_ros.prior import Prior
 from nope_ros.refine import Query
+from nope_ros.stopwatch import stage
 from nope_ros.tracking import Tracker
 
 Array = NDArray[np.float64]
@@ -64,6 +65,21 @@ class Result:
     image: NDArray[np.uint8]
     camera: Camera
     seen: tuple[Seen, ...]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a frame's messages hold.
+
+    Attributes:
+        image: (H, W, 3) RGB, undistorted.
+        camera: its calibration, without distortion.
+        instances: by its id in the mask, each instance that can be looked at.
+    """
+
+    image: NDArray[np.uint8]
+    camera: Camera
+    instances: dict[int, Frame]
 
 
 _DEFAULT_THREADS = torch.get_num_threads()
@@ -110,31 +126,11 @@ def estimate(
         InputError: if the frame cannot be used.
     """
     header = match.image.header
-    messages.check_together(match.image, match.mask, match.camera_info)
-    image = messages.image_array(match.image)
-    camera = messages.camera(match.camera_info, rectified=settings.rectified)
-    ids = messages.mask_array(match.mask)
-    if not ids.any() and ids.shape == image.shape[:2]:
-        complain("mask: no pixel is set, nothing is in view")
-        return Result(header, image, camera.without_distortion(), ())
-    # The whole mask as one object: checks and undistorts the image once for all instances.
-    whole = Frame.from_arrays(image, ids, camera, depth_of(match, image.shape[:2], complain))
-    ids = camera.undistort(ids, cv2.INTER_NEAREST).astype(np.uint16)
-    instances, frames = [], []
-    for instance in messages.instances(ids, settings.max_instances):
-        try:
-            frame = Frame(whole.image, ids == instance, whole.camera, whole.depth)
-        except InputError as error:
-            complain(f"{error} (instance {instance})")
-            continue
-        if frame.touches_border:
-            complain(
-                f"mask: instance {instance} reaches the image's border; the object is cut off, its pose unreliable"
-            )
-        instances.append(instance)
-        frames.append(frame)
+    with stage("read"):
+        scene = read(match, settings, complain)
+    instances, frames = list(scene.instances), list(scene.instances.values())
     if not objects or not frames:
-        return Result(header, whole.image, whole.camera, ())
+        return Result(header, scene.image, scene.camera, ())
     down = gravity_at(gravity, header.frame_id, match.stamp, complain)
     queries = [estimator.look(frame, down) for frame in frames]
     priors = [prior_of(one, settings, down is not None, complain) for one in objects]
@@ -148,10 +144,42 @@ def estimate(
         query, registered = queries[row], objects[column]
         pose = estimator.match(query, registered, priors[column])
         if tracker is not None and settings.tracking_enabled:
-            pose = tracker.update(query, registered, pose, match.stamp / 1e9, turned)
+            with stage("pose"):
+                pose = tracker.update(query, registered, pose, match.stamp / 1e9, turned)
         pose = refined(query, registered, pose, estimator, settings, complain)
         seen.append(Seen(instances[row], frames[row].mask, registered, pose))
-    return Result(header, whole.image, whole.camera, tuple(seen))
+    return Result(header, scene.image, scene.camera, tuple(seen))
+
+
+def read(match: Match, settings: Settings, complain: Complain) -> Scene:
+    """A frame's messages as arrays, undistorted, an instance at a time.
+
+    Raises:
+        InputError: if the frame cannot be used.
+    """
+    messages.check_together(match.image, match.mask, match.camera_info)
+    image = messages.image_array(match.image)
+    camera = messages.camera(match.camera_info, rectified=settings.rectified)
+    ids = messages.mask_array(match.mask)
+    if not ids.any() and ids.shape == image.shape[:2]:
+        complain("mask: no pixel is set, nothing is in view")
+        return Scene(image, camera.without_distortion(), {})
+    # The whole mask as one object: checks and undistorts the image once for all instances.
+    whole = Frame.from_arrays(image, ids, camera, depth_of(match, image.shape[:2], complain))
+    ids = camera.undistort(ids, cv2.INTER_NEAREST).astype(np.uint16)
+    instances: dict[int, Frame] = {}
+    for instance in messages.instances(ids, settings.max_instances):
+        try:
+            frame = Frame(whole.image, ids == instance, whole.camera, whole.depth)
+        except InputError as error:
+            complain(f"{error} (instance {instance})")
+            continue
+        if frame.touches_border:
+            complain(
+                f"mask: instance {instance} reaches the image's border; the object is cut off, its pose unreliable"
+            )
+        instances[instance] = frame
+    return Scene(whole.image, whole.camera, instances)
 
 
 def depth_of(match: Match, shape: tuple[int, ...], complain: Complain) -> NDArray[np.float32] | None:

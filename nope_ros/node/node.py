@@ -7,7 +7,6 @@ services have threads of their own. So nothing queues behind the network, whatev
 from __future__ import annotations
 
 import gc
-import signal
 import sys
 import threading
 import time
@@ -32,19 +31,22 @@ from rclpy.publisher import Publisher
 from rclpy.qos_overriding_options import QoSOverridingOptions
 from rclpy.signals import SignalHandlerOptions
 from sensor_msgs.msg import Imu
+from std_msgs.msg import String
 
 from nope_ros.estimator import PoseEstimator, RegisteredObject
 from nope_ros.frame import InputError
-from nope_ros.node import distro, messages, parameters, tf, topics
+from nope_ros.node import distro, health, messages, parameters, tf, topics
 from nope_ros.node.complaints import Complaints
 from nope_ros.node.estimation import estimate, load_estimator, use_threads
 from nope_ros.node.gravity import Gravity, ImuGravity, ImuSample
+from nope_ros.node.health import FrameTimes, Health, Meter, Rates, Sighting, Times
 from nope_ros.node.outputs import Outputs
 from nope_ros.node.pairing import Kind, Match, Pairing
+from nope_ros.node.process import stop_signal
 from nope_ros.node.registration import register, register_mesh, requested_match
-from nope_ros.node.statistics import Latencies, Latency, memory_megabytes, status
 from nope_ros.node.stream import StreamRegistration
 from nope_ros.srv import ListObjects, RegisterFromStream, RegisterObject, UnregisterObject
+from nope_ros.stopwatch import stage, timed
 from nope_ros.store import ObjectStore, StoreError, check_object_id
 from nope_ros.tracking import Tracker
 from nope_ros.video import summary
@@ -53,8 +55,6 @@ from nope_ros.video import summary
 _THREADS = 6
 # A problem stays in the diagnostics this long, seconds.
 _REMEMBERED = 5.0
-# How long inputs may be missing before that is a problem, seconds.
-_PATIENCE = 3.0
 
 
 @dataclass(frozen=True)
@@ -108,10 +108,17 @@ class NopeNode(LifecycleNode):
 
         self._complain = Complaints(self.get_logger().warning)
         self._pairing = Pairing(patience=1, capacity=1)
-        self._latencies = Latencies()
+        self._times = Times()
+        self._meter = Meter()
+        # When each input last said something, monotonic seconds.
+        self._heard: dict[Kind, float] = {}
+        self._trouble = ""
+        # Why it could not be activated when that was tried last.
+        self._refused = ""
         # Objects and their publishers are changed by services and read by the worker: replaced, never altered.
         self._objects: dict[str, RegisteredObject] = {}
         self._pose_publishers: dict[str, Publisher[Any]] = {}
+        self._sightings: dict[str, Sighting] = {}
         self._registry = threading.RLock()
         self._stream: StreamRegistration | None = None
         self._marked: frozenset[str] = frozenset()
@@ -120,14 +127,15 @@ class NopeNode(LifecycleNode):
         self._imu_input: Any = None
         self._gravity = Gravity()
         self._outputs: dict[topics.Endpoint, Publisher[Any]] = {}
-        self._inputs: list[Any] = []
+        self._inputs: dict[Kind, Any] = {}
         self._retired: deque[Callable[[], object]] = deque()
-        self._measured = (time.monotonic(), self._pairing.counts)
         self._input_group = MutuallyExclusiveCallbackGroup()
         self._use_parameters([])
 
         self._broadcaster = tf.broadcaster(self)
         self._diagnostics = self.create_publisher(topics.DIAGNOSTICS.type, topics.DIAGNOSTICS.name, 10)
+        self._status = self.create_publisher(topics.STATUS.type, topics.STATUS.name, topics.latched_qos())
+        self._said = ""
         # Not the node's clock, which may be a simulation's and stand still.
         clock = Clock(clock_type=ClockType.STEADY_TIME)
         self._timer = self.create_timer(
@@ -166,7 +174,7 @@ class NopeNode(LifecycleNode):
             ("depth", topics.DEPTH),
         ]
         for kind, endpoint in inputs:
-            self._inputs.append(self._listen(endpoint.type, endpoint.name, partial(self._receive, kind)))
+            self._inputs[kind] = self._listen(endpoint.type, endpoint.name, partial(self._receive, kind))
         return super().on_configure(state)
 
     @_aloud
@@ -178,8 +186,10 @@ class NopeNode(LifecycleNode):
             store = ObjectStore(settings.storage_directory)
             loaded = store.load_all(estimator.predictor, settings.batch_size)
         except InputError as error:
+            self._refused = str(error)
             self.get_logger().error(f"Can't be activated. {error}")
             return TransitionCallbackReturn.FAILURE
+        self._refused = ""
         if settings.gravity_imu_topic:
             self._imu_input = self._listen(Imu, settings.gravity_imu_topic, self._receive_imu)
             self._imu = ImuGravity()
@@ -247,6 +257,8 @@ class NopeNode(LifecycleNode):
         self._imu = self._imu_input = None
         self._use_parameters([])
         self._pairing.clear()
+        self._heard.clear()
+        self._meter, self._trouble = Meter(), ""
         del session
         gc.collect()
         if torch.cuda.is_available():
@@ -255,7 +267,7 @@ class NopeNode(LifecycleNode):
     def _take_down(self) -> None:
         for publisher in self._outputs.values():
             self._retire(self.destroy_publisher, publisher)
-        for subscription in self._inputs:
+        for subscription in self._inputs.values():
             self._retire(self.destroy_subscription, subscription)
         self._outputs.clear()
         self._inputs.clear()
@@ -327,6 +339,7 @@ class NopeNode(LifecycleNode):
     def _receive(self, kind: Kind, message: Any) -> None:
         if self._session is None:
             return
+        self._heard[kind] = time.monotonic()
         try:
             stamp = messages.checked_stamp(kind, message.header)
         except InputError as error:
@@ -364,10 +377,13 @@ class NopeNode(LifecycleNode):
         try:
             if stream is not None and stream.look(match, self._gravity, rectified=settings.rectified):
                 self._outputs[topics.PROGRESS].publish(stream.progress("collecting frames"))
-            result = estimate(
-                match, objects, session.estimator, settings, self._gravity, self._complain, session.tracker
-            )
-            self._publish(Outputs(result, settings))
+            with timed() as seconds:
+                result = estimate(
+                    match, objects, session.estimator, settings, self._gravity, self._complain, session.tracker
+                )
+                outputs = Outputs(result, settings)
+                with stage("publish"):
+                    self._publish(outputs)
         except (InputError, torch.cuda.OutOfMemoryError) as error:
             self._complain(error)
             return
@@ -375,7 +391,11 @@ class NopeNode(LifecycleNode):
             self._unforeseen(error)
             return
         age = self.get_clock().now().nanoseconds - match.stamp
-        self._latencies.add(Latency(time.perf_counter() - begin, age / 1e9))
+        self._times.add(FrameTimes(time.perf_counter() - begin, age / 1e9, seconds))
+        for one in outputs.result.seen:
+            object_id = one.registered.object_id
+            if object_id in self._objects:  # it may have been unregistered meanwhile
+                self._sightings[object_id] = health.sighting(outputs, one)
 
     # --- outputs ----------------------------------------------------------------------------------------------------
 
@@ -416,10 +436,12 @@ class NopeNode(LifecycleNode):
             if object_id not in self._pose_publishers:
                 self._pose_publishers[object_id] = self._publisher(topics.OBJECT_POSE, topic)
             self._objects = {**self._objects, object_id: registered}
+            self._sightings.pop(object_id, None)
 
     def _remove(self, object_id: str) -> None:
         with self._registry:
             self._objects = {name: one for name, one in self._objects.items() if name != object_id}
+            self._sightings.pop(object_id, None)
             self._retire(self.destroy_publisher, self._pose_publishers.pop(object_id))
 
     def _register(self, request: RegisterObject.Request, response: RegisterObject.Response) -> RegisterObject.Response:
@@ -444,8 +466,7 @@ class NopeNode(LifecycleNode):
         settings = self._settings
         use_threads(settings.threads)
         if request.mesh_file:
-            self.get_logger().info(f"Rendering {request.mesh_file}: takes some seconds")
-            registered = register_mesh(session.estimator, request)
+            registered = register_mesh(session.estimator, request, settings.mesh_directory)
         else:
             match = requested_match(request, self._pairing.latest())
             registered = register(session.estimator, request, match, self._gravity, rectified=settings.rectified)
@@ -560,61 +581,68 @@ class NopeNode(LifecycleNode):
 
     # --- diagnostics ------------------------------------------------------------------------------------------------
 
-    def _missing(self) -> str:
-        """Which inputs have not come at all."""
-        counts = self._pairing.counts
-        come = {"image": counts.images > 0, "camera_info": self._pairing.calibrated, "mask": counts.masks > 0}
-        names = [one.topic_name for one in self._inputs]
-        missing = [names[index] for index, there in enumerate(come.values()) if not there]
-        return f"nothing has come on {', '.join(missing)}" if missing else ""
-
-    def _problem(self, session: Session | None) -> str:
+    def _problem(self, session: Session | None, rates: Rates) -> tuple[str, bool]:
+        """What is wrong and what to do about it, or ''; whether no pose comes out because of it."""
         if session is None:
-            return "not active"
-        counts, now = self._pairing.counts, time.monotonic()
-        if counts.taken == 0 and now - session.began > _PATIENCE:
-            problem = self._missing()
-            if not problem and counts.unmatched + counts.orphaned > 0:
-                problem = "mask: none has the stamp of an image; the detector must copy the image's header"
-            if problem:
-                self._complain(problem)
+            name = self.get_fully_qualified_name()
+            how = f"`ros2 lifecycle set {name} configure`, then `activate`, or the parameter autostart"
+            return f"not active: {self._refused or 'nobody has activated it'}; {how}", False
+        now = time.monotonic()
+        waited: dict[Kind, health.Input] = {}
+        for kind, subscription in list(self._inputs.items()):
+            silent = now - max(self._heard.get(kind, 0.0), session.began)
+            if kind == "camera_info" and self._pairing.calibrated:
+                silent = 0.0  # some drivers send it once
+            if kind != "depth":
+                waited[kind] = health.Input(subscription.topic_name, silent)
+        trouble = health.trouble(waited, rates, self._times.newest, self._settings)
+        if trouble and not self._trouble:
+            self._complain(trouble)
+        elif self._trouble and not trouble:
+            self.get_logger().info("Inputs are well again")
+        self._trouble = trouble
+        if trouble:
+            return trouble, rates.frames == 0
         last = self._complain.last
-        return last[0] if last is not None and now - last[1] < _REMEMBERED else ""
+        return (last[0] if last is not None and now - last[1] < _REMEMBERED else ""), False
 
     def _diagnose(self) -> None:
-        session, counts, now = self._session, self._pairing.counts, time.monotonic()
-        then, before = self._measured
-        self._measured = (now, counts)
-        seconds = max(now - then, 1e-3)
-        memory = {"memory (MB)": f"{memory_megabytes():.0f}"}
-        if session is not None and session.estimator.device.startswith("cuda"):
-            memory["GPU memory (MB)"] = f"{torch.cuda.memory_allocated(session.estimator.device) / 1e6:.0f}"
+        session, counts = self._session, self._pairing.counts
+        rates = self._meter.rates(time.monotonic(), counts)
         device = session.estimator.device if session is not None else "none"
-        values = {
-            "state": "active" if session is not None else "not active",
-            "image rate (Hz)": f"{(counts.images - before.images) / seconds:.1f}",
-            "mask rate (Hz)": f"{(counts.masks - before.masks) / seconds:.1f}",
-            "frame rate (Hz)": f"{(counts.taken - before.taken) / seconds:.1f}",
-            **self._latencies.values(),
-            "frames": counts.taken,
-            "frames skipped for newer ones": counts.skipped,
-            "images without mask": counts.unmatched,
-            "masks without image": counts.orphaned,
-            "images dropped for lack of memory": counts.thinned,
-            "waiting (MB)": f"{self._pairing.held_bytes / 1e6:.1f}",
-            "problems": self._complain.total,
-            "objects": ", ".join(self._objects) or "none",
-            "model": session.estimator.model_name if session is not None else "none",
-            "device": device,
-            "gravity": self._gravity.source,
-            **memory,
-            **{f"{package} from": provider for package, provider in distro.providers().items()},
-        }
-        message = DiagnosticArray()
-        message.header.stamp = self.get_clock().now().to_msg()
-        name = self.get_fully_qualified_name().lstrip("/")
-        message.status = [status(name, device, self._problem(session), values)]
+        gpu = {}
+        if session is not None and device.startswith("cuda"):
+            gpu = {"GPU memory (MB)": f"{torch.cuda.memory_allocated(device) / 1e6:.0f}"}
+        problem, silent = self._problem(session, rates)
+        now = self.get_clock().now()
+        state = Health(
+            name=self.get_fully_qualified_name(),
+            active=session is not None,
+            now=now.nanoseconds,
+            model=session.estimator.model_name if session is not None else "none",
+            device=device,
+            gravity=self._gravity.source,
+            objects={object_id: self._sightings.get(object_id) for object_id in self._objects},
+            counts=counts,
+            rates=rates,
+            times=self._times.percentiles(),
+            problem=problem,
+            silent=silent,
+            more={
+                "waiting (MB)": f"{self._pairing.held_bytes / 1e6:.1f}",
+                "problems": self._complain.total,
+                "memory (MB)": f"{health.memory_megabytes():.0f}",
+                **gpu,
+                **{f"{package} from": provider for package, provider in distro.providers().items()},
+            },
+        )
+        message = DiagnosticArray(status=[health.diagnostic(state)])
+        message.header.stamp = now.to_msg()
         self._diagnostics.publish(message)
+        text = health.text(state)
+        if text != self._said:
+            self._said = text
+            self._status.publish(String(data=text))
 
 
 def _overridable() -> QoSOverridingOptions:
@@ -623,10 +651,7 @@ def _overridable() -> QoSOverridingOptions:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the node until SIGINT or SIGTERM. Returns the exit code."""
-    # Our own handlers: rclpy's would shut the context down before the node could say goodbye.
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+    stop = stop_signal()
     rclpy.init(args=arguments, signal_handler_options=SignalHandlerOptions.NO)
     try:
         node = NopeNode()

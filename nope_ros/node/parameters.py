@@ -122,10 +122,6 @@ def _frame(value: str) -> str | None:
     return None if re.fullmatch(r"\S{0,200}", value) else "has spaces or is too long"
 
 
-def _prefix(value: str) -> str | None:
-    return _frame(value)
-
-
 def _topic(value: str) -> str | None:
     return None if re.fullmatch(r"|[~/]?[A-Za-z_][A-Za-z0-9_/]{0,200}", value) else "is not a topic name"
 
@@ -217,7 +213,7 @@ class Settings:
         500, "Most orientations listed in ~/distribution; the mass of the others is given as a sum.", low=1, high=100000
     )
     tf_publish: bool = _parameter(True, "Broadcast trusted poses on /tf.", name="tf.publish")
-    tf_prefix: str = _parameter("", "Put before the object's id to name its TF frame.", name="tf.prefix", check=_prefix)
+    tf_prefix: str = _parameter("", "Put before the object's id to name its TF frame.", name="tf.prefix", check=_frame)
     gravity_vector: tuple[float, float, float] = _parameter(
         (0.0, 0.0, 0.0),
         "Direction of down in the camera's optical frame, of any length. All zero: not used. The first source that is "
@@ -244,6 +240,12 @@ class Settings:
         name="storage.directory",
         change="while inactive",
         check=_folder,
+    )
+    mesh_directory: str = _parameter(
+        "",
+        "Folder that register_object may read meshes from (mesh_file). Empty: it reads none.",
+        name="mesh.directory",
+        change="at start",
     )
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -66,8 +67,35 @@ def reference_frame(match: Match, instance: int, *, rectified: bool) -> Frame:
     return frame
 
 
-def register_mesh(estimator: PoseEstimator, request: RegisterObject.Request) -> RegisteredObject:
+def mesh_path(name: str, folder: str) -> Path:
+    """The file that a request names: in the folder that meshes may be read from, wherever links in it lead.
+
+    Raises:
+        InputError: if there is no such folder, or the file is elsewhere. It does not say whether there is such a file.
+    """
+    if not folder:
+        raise InputError(
+            "mesh_file: this node may read no meshes; start it with the parameter mesh.directory, the folder they are "
+            "in, or use `nope-ros register NAME --mesh FILE` beside it"
+        )
+    root = Path(folder).expanduser().resolve()
+    try:
+        path = (root / name).resolve()
+        path.exists()
+    except (OSError, ValueError, RuntimeError):  # too long, a null byte, a link to itself
+        raise InputError(f"mesh_file: {name[:100]!r} is no name of a file") from None
+    if not path.is_relative_to(root):
+        raise InputError(f"mesh_file: {name[:100]!r} leads out of mesh.directory ({folder}); put the mesh there")
+    return path
+
+
+def register_mesh(estimator: PoseEstimator, request: RegisterObject.Request, folder: str) -> RegisteredObject:
     """Learn an object from the mesh that a request names.
+
+    Args:
+        estimator: the model.
+        request: all of it.
+        folder: that meshes may be read from.
 
     Raises:
         InputError: if the file cannot be used, or the request says what does not go with a mesh.
@@ -85,7 +113,7 @@ def register_mesh(estimator: PoseEstimator, request: RegisterObject.Request) -> 
         )
     down = np.array([request.gravity.x, request.gravity.y, request.gravity.z])
     return estimator.register_mesh(
-        request.mesh_file,
+        mesh_path(request.mesh_file, folder),
         object_id=request.object_id,
         object_diameter=_known(request.object_diameter),
         gravity_object=down if down.any() else None,

@@ -41,6 +41,7 @@ class StreamRegistration:
         self._transforms = transforms
         self._lock = threading.Lock()
         self._closed = False
+        self._told = 0  # refusals, of those that were noted
 
     def look(self, match: Match, gravity: Gravity, *, rectified: bool) -> bool:
         """Take in a frame; what is wrong with it is noted. False once the walk has ended."""
@@ -101,5 +102,3 @@ class StreamRegistration:
             problem=last,
             coverage=self.walk.coverage,
         )
-
-    _told = 0

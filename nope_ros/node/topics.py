@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from diagnostic_msgs.msg import DiagnosticArray
 from geometry_msgs.msg import PoseWithCovarianceStamped
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image, Imu
+from std_msgs.msg import String
 from tf2_msgs.msg import TFMessage
 from vision_msgs.msg import Detection3DArray
 from visualization_msgs.msg import MarkerArray
@@ -59,7 +60,8 @@ DEPTH = Endpoint(
     "depth",
     Image,
     "in",
-    "optional, aligned with the image: 32FC1 m or 16UC1 mm; gives scale at registration, and distance in every frame",
+    "optional, aligned with the image: 32FC1 m or 16UC1 mm; gives scale at registration, distance in every frame, and "
+    "with `refinement` the pose",
 )
 IMU = Endpoint("<gravity.imu_topic>", Imu, "in", "its accelerometer tells gravity, if the parameter names it")
 TF = Endpoint(
@@ -81,7 +83,13 @@ MARKERS = Endpoint(
 OVERLAY = Endpoint("~/overlay", Image, "out", "the undistorted image with the poses drawn in")
 PROGRESS = Endpoint("~/registration_progress", RegistrationProgress, "out", "how far a registration from the stream is")
 DIAGNOSTICS = Endpoint(
-    "/diagnostics", DiagnosticArray, "out", "once a second: rates, latency, drops, objects, model, memory"
+    "/diagnostics", DiagnosticArray, "out", "once a second: rates, times by stage, drops, objects, model, memory"
+)
+STATUS = Endpoint(
+    "~/status",
+    String,
+    "out",
+    "the same in a few lines for people, last poses too; latched, at most once a second, when it has changed",
 )
 REGISTER = Endpoint(
     "~/register_object", RegisterObject, "service", "learn an object from one image, or from the latest frame"
@@ -97,7 +105,7 @@ LIST = Endpoint("~/list_objects", ListObjects, "service", "the registered object
 
 ENDPOINTS = (
     *(IMAGE, IMAGE_COMPRESSED, CAMERA_INFO, MASK, DEPTH, IMU),
-    *(TF, OBJECT_POSE, POSES, DETECTIONS, DISTRIBUTION, MARKERS, OVERLAY, PROGRESS, DIAGNOSTICS),
+    *(TF, OBJECT_POSE, POSES, DETECTIONS, DISTRIBUTION, MARKERS, OVERLAY, PROGRESS, DIAGNOSTICS, STATUS),
     *(REGISTER, REGISTER_STREAM, UNREGISTER, LIST),
 )
 
@@ -115,6 +123,13 @@ def output_qos() -> QoSProfile:
     from rclpy.qos import QoSProfile, ReliabilityPolicy
 
     return QoSProfile(depth=10, reliability=ReliabilityPolicy.RELIABLE)
+
+
+def latched_qos() -> QoSProfile:
+    """Who comes late is told what was said last."""
+    from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
+
+    return QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL)
 
 
 def service_qos() -> QoSProfile:
