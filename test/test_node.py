@@ -238,14 +238,16 @@ def test_mask_a_second_late(node: NodeProcess, robot: Robot) -> None:
     assert robot.register("mug", image, mask).success
     poses = robot.listen(topics.POSES)
     start = time.time_ns()
-    for step in range(30):  # a second of images; the detector looks at the first
-        when = start + step * 10**9 // 30
+    stamps = [start + step * 10**9 // 30 for step in range(30)]  # a second of images
+    for when in stamps:
         robot.publish("image", image_message(image, "rgb8", when))
         robot.publish("camera_info", camera_info_message(when))
         time.sleep(1 / 30)
     assert not robot.received[poses]
-    robot.publish("mask", image_message(mask, "mono8", start))
-    assert _nanoseconds(robot.wait(poses, lambda message: message.poses)) == start
+    # The detector looked at an early one. Sensor data may be lost on the way, any message of it: it tells of a few.
+    for when in stamps[:5]:
+        robot.publish("mask", image_message(mask, "mono8", when))
+    assert _nanoseconds(robot.wait(poses, lambda message: message.poses)) in stamps[:5]
 
 
 def test_newest_frame_wins_and_services_answer_meanwhile(node: NodeProcess, robot: Robot) -> None:
