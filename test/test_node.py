@@ -244,10 +244,11 @@ def test_mask_a_second_late(node: NodeProcess, robot: Robot) -> None:
         robot.publish("camera_info", camera_info_message(when))
         time.sleep(1 / 30)
     assert not robot.received[poses]
-    # The detector looked at an early one. Sensor data may be lost on the way, any message of it: it tells of a few.
-    for when in stamps[:5]:
+    # The detector looked at some. Not at one only: on a busy machine the node's queue may have overflown just then.
+    looked_at = stamps[:15:3]
+    for when in looked_at:
         robot.publish("mask", image_message(mask, "mono8", when))
-    assert _nanoseconds(robot.wait(poses, lambda message: message.poses)) in stamps[:5]
+    assert _nanoseconds(robot.wait(poses, lambda message: message.poses)) in looked_at
 
 
 def test_newest_frame_wins_and_services_answer_meanwhile(node: NodeProcess, robot: Robot) -> None:
