@@ -55,10 +55,7 @@ def surface_pixels(frame: Frame, radius: float) -> tuple[Array, Array, Array] | 
         return None
     x0, y0, x1, y1 = frame.bbox_xyxy
     mask = frame.mask[y0:y1, x0:x1].astype(np.uint8)
-    rim = max(1, round(_RIM * min(x1 - x0, y1 - y0)))
-    inner = cv2.erode(mask, np.ones((2 * rim + 1, 2 * rim + 1), np.uint8), borderValue=0)
-    if inner.sum() < 0.3 * mask.sum():  # a thin object is all rim
-        inner = mask
+    inner = frame.mask_within(_RIM)
     depth = frame.depth[y0:y1, x0:x1]
     known = np.isfinite(depth) & (mask > 0)
     if (known & (inner > 0)).sum() < _LEAST:

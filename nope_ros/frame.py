@@ -116,6 +116,10 @@ def _undistortion_maps(
     return map_x, map_y
 
 
+# An object of which less than this is left without its rim is thin.
+_NOT_THIN = 0.2
+
+
 @dataclass(frozen=True)
 class Frame:
     """One undistorted image of one object.
@@ -145,6 +149,18 @@ class Frame:
                 f"mask: the object is only {box[2] - box[0]}x{box[3] - box[1]} px, at least 8x8 are needed; move closer"
             )
         object.__setattr__(self, "bbox_xyxy", box)
+
+    def mask_within(self, rim: float) -> NDArray[np.uint8]:
+        """The mask in its box, without its rim, where depth cameras mix the object with what is behind it.
+
+        Args:
+            rim: how wide, as a share of the box's shorter side. A thin object, which is all rim, keeps its mask.
+        """
+        x0, y0, x1, y1 = self.bbox_xyxy
+        mask = self.mask[y0:y1, x0:x1].astype(np.uint8)
+        pixels = max(1, round(rim * min(x1 - x0, y1 - y0)))
+        inner = cv2.erode(mask, np.ones((2 * pixels + 1, 2 * pixels + 1), np.uint8), borderValue=0).astype(np.uint8)
+        return inner if inner.sum() >= _NOT_THIN * mask.sum() else mask
 
     @classmethod
     def from_arrays(

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -178,11 +177,7 @@ def surface_distance(frame: Frame, crop: Crop) -> float | None:
     if frame.depth is None:
         return None
     x0, y0, x1, y1 = frame.bbox_xyxy
-    mask = frame.mask[y0:y1, x0:x1].astype(np.uint8)
-    rim = max(1, round(_RIM * min(x1 - x0, y1 - y0)))
-    inner = cv2.erode(mask, np.ones((2 * rim + 1, 2 * rim + 1), np.uint8), borderValue=0)
-    if inner.sum() < 0.2 * mask.sum():  # a thin object is all rim
-        inner = mask
+    inner = frame.mask_within(_RIM)
     depth = frame.depth[y0:y1, x0:x1]
     y, x = np.nonzero((inner > 0) & np.isfinite(depth))
     if len(y) < 0.1 * inner.sum():
