@@ -73,8 +73,9 @@ def test_the_object_fills_the_crop_wherever_it_is(distance, x, y, roll):
     crop = virtual_crop(frame, 96)
     v, u = np.nonzero(crop.mask > 127)
     (centre_u, centre_v), radius = cv2.minEnclosingCircle(np.column_stack([u, v]).astype(np.float32))
-    assert abs(centre_u - 47.5) < 2.5 and abs(centre_v - 47.5) < 2.5
-    assert radius == pytest.approx(FILL * 48, abs=2.5)
+    within = 1 + 2 * FILL * 48 * distance / K[0, 0]  # two pixels of the image, and one of the crop
+    assert abs(centre_u - 47.5) < within and abs(centre_v - 47.5) < within
+    assert radius == pytest.approx(FILL * 48, abs=within)
     assert (crop.image[crop.mask == 0] == 0).all()
 
 
