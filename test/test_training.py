@@ -162,6 +162,15 @@ def test_a_short_run_forgets_its_random_beginning():
     assert average.module.weight.item() == pytest.approx(1.0, abs=0.05)
 
 
+def test_what_counts_is_not_averaged():
+    model = torch.nn.Linear(1, 1)
+    model.register_buffer("index", torch.arange(20))
+    average = AveragedModel(model, multi_avg_fn=module.moving_average(0.998), use_buffers=True)
+    for _ in range(600):
+        average.update_parameters(model)
+    assert torch.equal(average.module.index, model.index)
+
+
 def test_a_finished_training_is_not_repeated(cache, tmp_path):
     run("paper_unet", cache, tmp_path, 4)
     before = {path: path.read_text() for path in tmp_path.rglob("log.jsonl")}

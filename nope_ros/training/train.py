@@ -122,6 +122,10 @@ def moving_average(decay: float) -> Callable[[_Tensors, _Tensors, Tensor | int],
     """
 
     def update(averaged: _Tensors, current: _Tensors, count: Tensor | int) -> None:
+        if not averaged[0].is_floating_point():  # an index is not to be averaged: 2.9999 would become 2
+            for kept, new in zip(averaged, current, strict=True):
+                kept.copy_(new)
+            return
         warming = min(decay, (1 + float(count)) / (10 + float(count)))
         get_ema_multi_avg_fn(warming)(averaged, current, count)
 
