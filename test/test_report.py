@@ -1,5 +1,6 @@
 """The document of all figures: what is in it, and when it is made anew."""
 
+import argparse
 import json
 
 import pytest
@@ -101,6 +102,17 @@ def test_results_are_kept_until_something_changes(made, monkeypatch):
     monkeypatch.setattr(module, "_identity", lambda weights: "others")
     assert main([*words, "--out", str(folder / "other.md")]) == 0
     assert ran == ["ours"]  # what needs no weights stays
+
+
+def test_how_long_baselines_were_trained_is_told(tmp_path):
+    for name, own in (("regression", {"own_steps": 700, "own_minutes": 20.0}), ("unet", {})):
+        (tmp_path / name).mkdir()
+        told = {"training": {"steps": 12345, "minutes": 310.5, **own}}
+        (tmp_path / name / "config.json").write_text(json.dumps(told))
+    given = argparse.Namespace(regression_weights=tmp_path / "regression", unet_weights=tmp_path / "unet")
+    regression, unet = module._learnt(given)
+    assert "12,345 steps, 310.5 minutes, all but 20 of them of the encoder" in regression
+    assert "12,345 steps, 310.5 minutes; first seed only" in unet
 
 
 def test_photographs_without_a_licence_are_not_shown(tmp_path):

@@ -148,6 +148,8 @@ def test_regression_takes_over_the_rotated_latents_encoder(cache, tmp_path):
     ours = load_predictor(weights, device="cpu").network.encode3[1].conv2.weight
     theirs = RotationRegression.from_pretrained(tmp_path / "theirs" / "weights").encoder[10].conv2.weight
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-3)
+    told = json.loads((tmp_path / "theirs" / "weights" / "config.json").read_text())["training"]
+    assert told["steps"] == 2 and told["own_steps"] == 1, "what the start had cost counts too"
 
 
 def test_a_short_run_forgets_its_random_beginning():

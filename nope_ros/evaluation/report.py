@@ -29,7 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from nope_ros.evaluation.benchmark import BUSY
 from nope_ros.evaluation.protocol import EvaluationSet
 from nope_ros.frame import InputError
-from nope_ros.latent import find_weights, read_config
+from nope_ros.latent import CONFIG_FILE, find_weights, read_config
 from nope_ros.prior import PRIORS, Prior
 from nope_ros.refine import REFINEMENTS, Refinement
 
@@ -223,7 +223,7 @@ Made by a command, which runs everything below and writes this file:
 
 Weights: `{identity}`{training}; refinement: {refinement}. One reference image, one answer a query (top-1). Nothing true
 of the query is used: crop, centre and scale come from its mask. Seeds {seeds}; of photographs {photo_pairs}
-pairs with 5 references an object, of renders at most {pairs} pairs with {references}.
+pairs with 5 references an object, of renders at most {pairs} pairs with {references}.{baselines}
 
 * Protocols, by what is known of gravity: **free** nothing; **upright** its direction in both images levels the crops,
   and the object keeps its up axis (341 viewpoints, the paper's); **standing** its direction and the camera's
@@ -628,18 +628,19 @@ def run(given: argparse.Namespace) -> tuple[str, dict[str, dict[str, str]]]:
     seeds = tuple(given.seed or [0])
     identity, training = _identity(weights), read_config(weights).training
     told = ", ".join(f"{training[key]:g} {key}" for key in ("steps", "minutes") if key in training)
-    make = partial(Job, count=given.procedural, seeds=seeds, device=given.device)
+    make = partial(Job, count=given.procedural, device=given.device)
     jobs = []
     for tested in sections:
         job = partial(make, pairs=given.photo_pairs if tested.kind == "photos" else given.pairs)
         ours = f"{identity} {_code()}"
-        jobs.append(job(tested, OURS_PART, str(weights), ours, refinement=given.refinement))
+        jobs.append(job(tested, OURS_PART, str(weights), ours, seeds=seeds, refinement=given.refinement))
         if tested.occlusion:
             continue
-        jobs.append(job(tested, _PLAIN, None, ""))
+        jobs.append(job(tested, _PLAIN, None, "", seeds=seeds))
         for part, folder in ((_REGRESSION, given.regression_weights), (_PAPER, given.unet_weights)):
             if folder is not None:
-                jobs.append(job(tested, part, str(folder), _identity(find_weights(folder))))
+                own = seeds[:1] if part == _PAPER else seeds  # a U-Net runs hundreds of times for each reference
+                jobs.append(job(tested, part, str(folder), _identity(find_weights(folder)), seeds=own))
     speed = _speed_figures(given, weights)
     # The dearest first, so that none is left alone at the end.
     cost = {_PAPER: 0, OURS_PART: 1, _PLAIN: 2, _REGRESSION: 3}
@@ -655,8 +656,23 @@ def run(given: argparse.Namespace) -> tuple[str, dict[str, dict[str, str]]]:
         photo_pairs="all" if given.photo_pairs is None else f"at most {given.photo_pairs}",
         references=_REFERENCES,
         refinement=given.refinement,
+        baselines="".join(_learnt(given)),
     )
     return document(sections, found, speed, pictures, head), pictures
+
+
+def _learnt(given: argparse.Namespace) -> Iterator[str]:
+    """How long the baselines were trained."""
+    for name, folder, note in (
+        ("Rotation regression", given.regression_weights, ""),
+        ("NOPE's paper form", given.unet_weights, "; first seed only"),
+    ):
+        if folder is not None:
+            training = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))["training"]
+            told = f"{training['steps']:,} steps, {training['minutes']:g} minutes"
+            if "own_minutes" in training:
+                told += f", all but {training['own_minutes']:g} of them of the encoder, which began as ours"
+            yield f" {name}: {told}{note}."
 
 
 def _command(given: argparse.Namespace) -> str:

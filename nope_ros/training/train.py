@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
+from nope_ros.latent import read_config
 from nope_ros.models.rotated_latent import RotatedLatentConfig
 from nope_ros.models.rotation_regression import RotationRegressionConfig
 from nope_ros.training.augment import AugmentationConfig
@@ -223,7 +224,11 @@ def _run(bare: Learner, config: TrainingConfig, out: Path, share_of_budget: floa
     if accelerator.is_main_process:
         finished = average.module
         assert isinstance(finished, Learner)
-        finished.export(out / WEIGHTS, {"steps": step, "minutes": round(spent / 60, 1)})
+        before = read_config(Path(config.start)).training if config.start else {}
+        total = {"steps": step + before.get("steps", 0), "minutes": round(spent / 60 + before.get("minutes", 0.0), 1)}
+        if before:  # what a start had cost counts too
+            total |= {f"own_{key}": value for key, value in (("steps", step), ("minutes", round(spent / 60, 1)))}
+        finished.export(out / WEIGHTS, total)
 
 
 @torch.inference_mode()
