@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from nope_ros.rotations import exp, geodesic_distance, log
+from nope_ros.rotations import exp, geodesic_distance, icosphere, log, turn_to
 
 Array = NDArray[np.float64]
 
@@ -19,6 +19,8 @@ CONFIDENCE_RADIUS = np.radians(30.0)
 # a 15° grid (7.6° off at the median); a smaller radius sees too few points of the grid, a larger one the next mode.
 _PEAK_RADIUS = np.radians(24.0)
 _MOST_MODES = 8
+# Mean squared cosine between an axis and where it is turned to, above which it stays: some 30°.
+_AXIS_STAYS = 0.75
 
 
 class Ambiguity(IntEnum):
@@ -135,30 +137,35 @@ class RotationDistribution:
     @cached_property
     def ambiguity(self) -> Ambiguity:
         """The kind of answer this is."""
+        if self.confidence >= 0.7:
+            return Ambiguity.UNIQUE
+        if self._turns_about_an_axis():
+            return Ambiguity.AXIAL
         prior = self.prior_probabilities[self.prior_probabilities > 0]
         information = float(-(prior * np.log(prior)).sum()) - self.entropy
         if information < 0.7:  # less than halving what was possible before
             return Ambiguity.UNINFORMATIVE
-        if self.confidence >= 0.7:
-            return Ambiguity.UNIQUE
-        if self._lies_on_a_circle():
-            return Ambiguity.AXIAL
         strong = [mode for mode in self.modes if mode.probability >= 0.3 * self.mode.probability]
         if len(strong) > 1 and sum(mode.probability for mode in strong) >= 0.5:
             return Ambiguity.FINITE
         return Ambiguity.UNIQUE if self.confidence >= 0.4 else Ambiguity.UNINFORMATIVE
 
-    def _lies_on_a_circle(self) -> bool:
-        # Turns about one axis have rotation vectors along one line; an axis of revolution fills the whole circle.
-        kept = self.credible_set(0.8)
+    def _turns_about_an_axis(self) -> bool:
+        # An axis of revolution stays where it is, or is turned round (a cylinder upside down), and what is
+        # perpendicular to it points everywhere. Under a prior that leaves one axis, that is all there can be to know.
+        kept = self.credible_set(0.9)
         weight = self.probabilities[kept] / self.probabilities[kept].sum()
-        vectors = log(self.rotations[kept] @ self.mode.R.T)
-        moment = (weight[:, None] * vectors).T @ vectors
-        values, axes = np.linalg.eigh(moment)
-        if values[2] < np.radians(60) ** 2 or values[1] > np.radians(35) ** 2:
+        turns = self.rotations[kept] @ self.mode.R.T
+        axes = icosphere(3)
+        axes = axes[axes[:, 2] >= 0]
+        products = (axes[:, :, None] * axes[:, None, :]).reshape(-1, 9)
+        stays = (products @ turns.reshape(-1, 9).T) ** 2 @ weight
+        if stays.max() < _AXIS_STAYS:
             return False
-        along = vectors @ axes[:, 2]
-        share = np.histogram(along, bins=12, range=(-np.pi, np.pi), weights=weight)[0]
+        axis = axes[np.argmax(stays)]
+        u, v = turn_to(axis)[:2]
+        across = turns @ u
+        share = np.histogram(np.arctan2(across @ v, across @ u), bins=12, range=(-np.pi, np.pi), weights=weight)[0]
         return bool((share > 0.02).sum() >= 10)
 
     def _mean_around(self, peak: Array, angle: Array) -> Array:

@@ -94,6 +94,25 @@ def test_an_axis_of_revolution_is_axial():
     assert abs(wide @ TRUTH @ [0, 0, 1]) > 0.9  # the spread is about the object's axis, seen in the camera
 
 
+def test_a_cylinder_is_axial_though_it_may_be_upside_down():
+    over = np.diag([1.0, -1.0, -1.0])
+    ring = [TRUTH @ exp(np.array([0, 0, angle])) for angle in np.linspace(0, 2 * np.pi, 60, endpoint=False)]
+    assert distribution(*ring, *(R @ over for R in ring)).ambiguity is Ambiguity.AXIAL
+
+
+def test_half_a_turn_about_any_axis_is_not_axial():
+    """Of a box: four modes that leave each of its axes where it is, or turned round."""
+    box = [TRUTH, *(TRUTH @ np.diag(signs) for signs in ([1.0, -1, -1], [-1.0, 1, -1], [-1.0, -1, 1]))]
+    assert distribution(*box).ambiguity is Ambiguity.FINITE
+
+
+def test_nothing_but_the_vertical_known_is_axial():
+    """Where a prior leaves turns about one axis, all of which fit as well."""
+    turns = exp(np.linspace(0, 2 * np.pi, 72, endpoint=False)[:, None] * [0, 0, 1.0]) @ TRUTH
+    d = RotationDistribution.from_log_likelihood(turns, np.zeros(72))
+    assert d.ambiguity is Ambiguity.AXIAL
+
+
 def test_a_flat_distribution_is_uninformative():
     d = RotationDistribution.from_log_likelihood(GRID, np.zeros(len(GRID)))
     assert d.ambiguity is Ambiguity.UNINFORMATIVE
