@@ -105,14 +105,14 @@ def test_results_are_kept_until_something_changes(made, monkeypatch):
 
 
 def test_how_long_baselines_were_trained_is_told(tmp_path):
-    for name, own in (("regression", {"own_steps": 700, "own_minutes": 20.0}), ("unet", {})):
+    for name, own in (("regression", {"own_steps": 700, "own_minutes": 20.0}), ("unet", {"own_minutes": 250.0})):
         (tmp_path / name).mkdir()
         told = {"training": {"steps": 12345, "minutes": 310.5, **own}}
         (tmp_path / name / "config.json").write_text(json.dumps(told))
     given = argparse.Namespace(regression_weights=tmp_path / "regression", unet_weights=tmp_path / "unet")
     regression, unet = module._learnt(given)
     assert "12,345 steps, 310.5 minutes, all but 20 of them of the encoder" in regression
-    assert "12,345 steps, 310.5 minutes; first seed only" in unet
+    assert "all but 250 of them of its autoencoder; first seed only" in unet
 
 
 def test_photographs_without_a_licence_are_not_shown(tmp_path):

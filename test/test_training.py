@@ -190,6 +190,8 @@ def test_the_autoencoder_stands_still_while_the_unet_learns(cache, tmp_path):
     config = tmp_path / "weights" / "config.json"
     scale = json.loads(config.read_text())["network"]["scaling_factor"]
     assert scale != 1.0
+    told = json.loads(config.read_text())["training"]
+    assert told["steps"] == 8 > told["own_steps"], "what the autoencoder had cost counts too"
     # Also where the training goes on with a larger budget.
     run("paper_unet", cache, tmp_path, 12)
     again = load_file(tmp_path / "autoencoder" / "weights" / "diffusion_pytorch_model.safetensors")

@@ -663,15 +663,15 @@ def run(given: argparse.Namespace) -> tuple[str, dict[str, dict[str, str]]]:
 
 def _learnt(given: argparse.Namespace) -> Iterator[str]:
     """How long the baselines were trained."""
-    for name, folder, note in (
-        ("Rotation regression", given.regression_weights, ""),
-        ("NOPE's paper form", given.unet_weights, "; first seed only"),
+    for name, folder, before, note in (
+        ("Rotation regression", given.regression_weights, "of the encoder, which began as ours", ""),
+        ("NOPE's paper form", given.unet_weights, "of its autoencoder", "; first seed only"),
     ):
         if folder is not None:
             training = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))["training"]
             told = f"{training['steps']:,} steps, {training['minutes']:g} minutes"
             if "own_minutes" in training:
-                told += f", all but {training['own_minutes']:g} of them of the encoder, which began as ours"
+                told += f", all but {training['own_minutes']:g} of them {before}"
             yield f" {name}: {told}{note}."
 
 

@@ -39,6 +39,8 @@ if TYPE_CHECKING:  # diffusers takes seconds to import
 _IDENTITY_WEIGHT = 0.05
 _ENERGY_WEIGHT = 1e-3
 _VAE_WEIGHTS = "diffusion_pytorch_model.safetensors"  # diffusers' name
+TRAINING = "training.json"
+"""Beside an autoencoder's weights: the steps and minutes they took."""
 
 
 @dataclass(frozen=True)
@@ -365,7 +367,7 @@ class AutoencoderLearner(Learner):
     def export(self, folder: Path, training: dict[str, Any]) -> None:
         """As diffusers keeps an autoencoder."""
         self.network.vae.save_pretrained(folder, safe_serialization=True)
-        (folder / "training.json").write_text(json.dumps(training, indent=2) + "\n", encoding="utf-8")
+        (folder / TRAINING).write_text(json.dumps(training, indent=2) + "\n", encoding="utf-8")
 
 
 class PaperUNetLearner(Learner):

@@ -29,6 +29,7 @@ from nope_ros.models.rotated_latent import RotatedLatentConfig
 from nope_ros.models.rotation_regression import RotationRegressionConfig
 from nope_ros.training.augment import AugmentationConfig
 from nope_ros.training.learners import (
+    TRAINING,
     AutoencoderLearner,
     Curves,
     Learner,
@@ -110,7 +111,8 @@ def train(config_path: Path, out: Path, overrides: dict[str, object] | None = No
             autoencoder = out / "autoencoder" / WEIGHTS
         torch.manual_seed(config.seed)  # whether or not the autoencoder was trained just now
         learner = PaperUNetLearner(paper_config, autoencoder, config.distance)
-        _run(learner, config, out, 1 if autoencoder is None else 1 - share)
+        prepared = None if autoencoder is None else autoencoder / TRAINING
+        _run(learner, config, out, 1 if autoencoder is None else 1 - share, prepared)
 
 
 _Tensors = tuple[Tensor, ...] | list[Tensor]
@@ -139,9 +141,22 @@ WEIGHTS = "weights"
 """Folder, in that of a training, of what it gives."""
 
 
-def _run(bare: Learner, config: TrainingConfig, out: Path, share_of_budget: float = 1.0) -> None:
-    """One training: of a learner, from its checkpoint in ``out`` or from nothing, to its weights there."""
+def _run(
+    bare: Learner, config: TrainingConfig, out: Path, share_of_budget: float = 1.0, prepared: Path | None = None
+) -> None:
+    """One training: of a learner, from its checkpoint in ``out`` or from nothing, to its weights there.
+
+    Args:
+        bare: what is trained.
+        config: of the training.
+        out: folder.
+        share_of_budget: that this training may use.
+        prepared: JSON that tells the steps and minutes of what this training builds on.
+    """
     out.mkdir(parents=True, exist_ok=True)
+    before = read_config(Path(config.start)).training if config.start else {}
+    if prepared is not None:
+        before = json.loads(prepared.read_text(encoding="utf-8"))
     # A part of the network may be frozen.
     find_unused = DistributedDataParallelKwargs(find_unused_parameters=config.kind == "paper_unet")
     accelerator = Accelerator(mixed_precision="bf16", cpu=not torch.cuda.is_available(), kwargs_handlers=[find_unused])
@@ -224,7 +239,6 @@ def _run(bare: Learner, config: TrainingConfig, out: Path, share_of_budget: floa
     if accelerator.is_main_process:
         finished = average.module
         assert isinstance(finished, Learner)
-        before = read_config(Path(config.start)).training if config.start else {}
         total = {"steps": step + before.get("steps", 0), "minutes": round(spent / 60 + before.get("minutes", 0.0), 1)}
         if before:  # what a start had cost counts too
             total |= {f"own_{key}": value for key, value in (("steps", step), ("minutes", round(spent / 60, 1)))}
