@@ -267,14 +267,16 @@ def plot(folder: Path, curves: Curves) -> None:
     left, right = figure.subplots(1, 2)
     left.plot([row["minutes"] for row in training], [row["loss"] for row in training], label="training", linewidth=1)
     left.plot([row["minutes"] for row in held_out], [row["val_loss"] for row in held_out], "o-", label="held out")
-    left.set(xlabel="minutes", title=curves.loss)
+    left.set_title(curves.loss, fontsize="small")
+    left.set(xlabel="minutes")
     left.legend()
     for key, name in curves.figures.items():
         judged = [row for row in held_out if f"val_{key}" in row]
         right.plot([row["minutes"] for row in judged], [row[f"val_{key}"] for row in judged], "o-", label=name)
     if len(curves.figures) > 1:
         right.legend()
-    right.set(xlabel="minutes", title=curves.title, ylim=(0, 100 if curves.title.endswith("%") else None))
+    right.set_title(curves.title, fontsize="small")
+    right.set(xlabel="minutes", ylim=(0, 100 if curves.title.endswith("%") else None))
     figure.savefig(folder / "loss.png", dpi=100)
 
 
