@@ -137,14 +137,14 @@ class RotationDistribution:
     @cached_property
     def ambiguity(self) -> Ambiguity:
         """The kind of answer this is."""
-        if self.confidence >= 0.7:
-            return Ambiguity.UNIQUE
-        if self._turns_about_an_axis():
-            return Ambiguity.AXIAL
         prior = self.prior_probabilities[self.prior_probabilities > 0]
         information = float(-(prior * np.log(prior)).sum()) - self.entropy
         if information < 0.7:  # less than halving what was possible before
             return Ambiguity.UNINFORMATIVE
+        if self.confidence >= 0.7:
+            return Ambiguity.UNIQUE
+        if self._turns_about_an_axis():
+            return Ambiguity.AXIAL
         strong = [mode for mode in self.modes if mode.probability >= 0.3 * self.mode.probability]
         if len(strong) > 1 and sum(mode.probability for mode in strong) >= 0.5:
             return Ambiguity.FINITE
@@ -152,7 +152,7 @@ class RotationDistribution:
 
     def _turns_about_an_axis(self) -> bool:
         # An axis of revolution stays where it is, or is turned round (a cylinder upside down), and what is
-        # perpendicular to it points everywhere. Under a prior that leaves one axis, that is all there can be to know.
+        # perpendicular to it points everywhere.
         kept = self.credible_set(0.9)
         weight = self.probabilities[kept] / self.probabilities[kept].sum()
         turns = self.rotations[kept] @ self.mode.R.T

@@ -106,13 +106,6 @@ def test_half_a_turn_about_any_axis_is_not_axial():
     assert distribution(*box).ambiguity is Ambiguity.FINITE
 
 
-def test_nothing_but_the_vertical_known_is_axial():
-    """Where a prior leaves turns about one axis, all of which fit as well."""
-    turns = exp(np.linspace(0, 2 * np.pi, 72, endpoint=False)[:, None] * [0, 0, 1.0]) @ TRUTH
-    d = RotationDistribution.from_log_likelihood(turns, np.zeros(72))
-    assert d.ambiguity is Ambiguity.AXIAL
-
-
 def test_a_flat_distribution_is_uninformative():
     d = RotationDistribution.from_log_likelihood(GRID, np.zeros(len(GRID)))
     assert d.ambiguity is Ambiguity.UNINFORMATIVE
