@@ -33,6 +33,8 @@ ROOT = Path(__file__).parent.parent
 FRAME = "camera_optical"
 # One side of a connection knows of it before the other does, and what is sent in between is lost (seconds).
 _SETTLE = 0.5
+# How long an answer may take on a machine that is busy with other things (seconds). Only a failure takes that long.
+_PATIENCE = 30.0
 WIDTH, HEIGHT = 320, 240
 K = np.array([[300.0, 0, 160], [0, 300.0, 120], [0, 0, 1]])
 
@@ -124,14 +126,21 @@ class Robot:
         return topic
 
     def frame(self, image: np.ndarray, mask: np.ndarray, encoding: str = "mono8", when: int | None = None) -> int:
-        """Send a frame; returns its stamp."""
+        """Send a frame to the namespace of the node; returns its stamp."""
         when = time.time_ns() if when is None else when
-        self.publish("image", image_message(image, "rgb8", when))
-        self.publish("camera_info", camera_info_message(when))
-        self.publish("mask", image_message(mask, encoding, when))
+        namespace = self.name.rpartition("/")[0]
+        self.publish(f"{namespace}/image", image_message(image, "rgb8", when))
+        self.publish(f"{namespace}/camera_info", camera_info_message(when))
+        self.publish(f"{namespace}/mask", image_message(mask, encoding, when))
         return when
 
-    def wait(self, topic: str, condition: Callable[[Any], bool] = lambda _: True, timeout: float = 10.0) -> Any:
+    def show(self, image: np.ndarray, mask: np.ndarray) -> Any:
+        """Send frames as a camera does, one after another, until poses have come; returns the first of them."""
+        poses = self.listen(topics.POSES)
+        self.until(lambda: bool(self.frame(image, mask) and self.received[poses]), "an answer to a frame")
+        return self.received[poses][0]
+
+    def wait(self, topic: str, condition: Callable[[Any], bool] = lambda _: True, timeout: float = _PATIENCE) -> Any:
         """The first message, received so far or from now on, for which the condition holds."""
         found: list[Any] = []
 
@@ -142,7 +151,7 @@ class Robot:
         self.until(look, f"a message on {topic}", timeout)
         return found[0]
 
-    def until(self, condition: Callable[[], bool], what: str, timeout: float = 10.0) -> None:
+    def until(self, condition: Callable[[], bool], what: str, timeout: float = _PATIENCE) -> None:
         assert self._within(condition, timeout), f"waited {timeout:g} s for {what}"
 
     @staticmethod
@@ -154,7 +163,7 @@ class Robot:
             time.sleep(0.01)
         return True
 
-    def call(self, service: type, name: str, request: Any, timeout: float = 20.0) -> Any:
+    def call(self, service: type, name: str, request: Any, timeout: float = _PATIENCE) -> Any:
         new = (service, name) not in self._clients
         if new:
             self._clients[service, name] = self.node.create_client(service, name)
@@ -215,7 +224,7 @@ class NodeProcess:
     def output(self) -> str:
         return self.log.read_text(encoding="utf-8", errors="replace")
 
-    def says(self, text: str, timeout: float = 15.0) -> None:
+    def says(self, text: str, timeout: float = 2 * _PATIENCE) -> None:
         end = time.monotonic() + timeout
         while text not in self.output:
             assert self.process.poll() is None, f"the node ended:\n{self.output}"
@@ -230,7 +239,7 @@ class NodeProcess:
         if self.process.poll() is None:
             self.process.send_signal(number)
         try:
-            return self.process.wait(30)
+            return self.process.wait(60)
         except subprocess.TimeoutExpired:
             self.process.kill()
             pytest.fail(f"the node does not stop:\n{self.output}")
@@ -238,17 +247,20 @@ class NodeProcess:
             self._file.close()
 
 
+def reliable(*names: str) -> dict[str, str]:
+    """Parameters for inputs that arrive: a busy machine may lose what is sent best-effort, the node's default."""
+    return {f"qos_overrides.{name}.subscription.reliability": "reliable" for name in names}
+
+
 @contextmanager
 def answering_node(folder: Path, weights: Path, **parameters: Any) -> Iterator[NodeProcess]:
     """The node as most tests want it: every pose is seen, inputs arrive; at the end it stops and has not crashed."""
     # Untrained weights are sure of nothing.
     values: dict[str, Any] = {"confidence_threshold": 0.0, "similarity_threshold": -1.0}
-    # A busy machine may lose what is sent best-effort, as the node asks for by default.
-    for topic in ("image", "mask", "camera_info"):
-        values[f"qos_overrides./{topic}.subscription.reliability"] = "reliable"
+    values |= reliable("/image", "/mask", "/camera_info")
     node = NodeProcess(folder / "log", weights, folder / "objects", **{**values, **parameters})
     try:
-        node.says("Active", 60)
+        node.says("Active")
         yield node
     finally:
         assert node.stop() == 0
@@ -260,8 +272,7 @@ def connected_robot() -> Iterator[Robot]:
     """A robot that the node has answered already."""
     robot = Robot()
     try:
-        poses = robot.listen(topics.POSES)
-        robot.until(lambda: bool(robot.frame(*scene()) and robot.received[poses]), "an answer to a frame", 30)
+        robot.show(*scene())
         yield robot
     finally:
         robot.close()

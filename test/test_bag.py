@@ -23,6 +23,7 @@ from node_process import (
     Robot,
     camera_info_message,
     image_message,
+    reliable,
     ros_context,
     scene,
     stamp,
@@ -217,19 +218,16 @@ def test_as_the_node_bit_for_bit(weights: Path, bare: dict[str, str], tmp_path: 
     """The same frames to the node over DDS, and in a bag to a Python without ROS."""
     messages = recorded_frames()
     remap = ["-r", "image:=/camera/color/image", "-r", "camera_info:=/camera/color/camera_info"]
-    reliable = {
-        f"qos_overrides.{topic}.subscription.reliability": "reliable"
-        for topic in ("/camera/color/image", "/camera/color/camera_info", "/detector/mask")
-    }
+    inputs = reliable("/camera/color/image", "/camera/color/camera_info", "/detector/mask")
     image, ids = frame(0)
     with ros_context():
         node = NodeProcess(
             *(tmp_path / "log", weights, tmp_path / "objects", "--ros-args", *remap, "-r", "mask:=/detector/mask"),
-            **{"confidence_threshold": 0.0, "similarity_threshold": -1.0, "max_instances": 3, **reliable},
+            **{"confidence_threshold": 0.0, "similarity_threshold": -1.0, "max_instances": 3, **inputs},
         )
         robot = Robot()
         try:
-            node.says("Active", 60)
+            node.says("Active")
             request = {"instance": 700, "reference_distance": 0.6}
             assert robot.register("mug", image, ids, **request).success
             listener = Listener(robot, "mug")

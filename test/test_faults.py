@@ -167,7 +167,7 @@ def test_killed_while_registering(context: None, weights: Path, tmp_path: Path) 
         )
         robot = Robot(f"/kill{kill}/nope")
         try:
-            node.says("Active", 60)
+            node.says("Active")
             assert "damaged" not in node.output and "incomplete" not in node.output, node.output
             there = set(robot.objects())
             assert confirmed <= there <= asked, "nothing is lost, and nothing half written is loaded"
@@ -185,7 +185,7 @@ def test_killed_while_registering(context: None, weights: Path, tmp_path: Path) 
                 futures[request.object_id] = client.call_async(request)
             time.sleep(dice.uniform(0.0, 0.4))
             node.process.send_signal(signal.SIGKILL)
-            node.process.wait(10)
+            node.process.wait(60)
             confirmed |= {name for name, future in futures.items() if future.done() and future.result().success}
         finally:
             if node.process.poll() is None:
