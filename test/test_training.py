@@ -7,12 +7,14 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from scipy.spatial.transform import Rotation
 from torch.optim.swa_utils import AveragedModel
 
 from nope_ros.cli import main
 from nope_ros.latent import PaperUNetPredictor, RotatedLatentPredictor, load_predictor
 from nope_ros.models.rotation_regression import RotationRegression, rotation_from_6d
 from nope_ros.training import train as module
+from nope_ros.training.learners import relative
 from nope_ros.training.pairs import PairDataset
 from nope_ros.training.render_cache import Settings, build_cache
 from nope_ros.training.train import train
@@ -207,6 +209,15 @@ def test_names_in_checkpoints_stay(cache, tmp_path):
     stored = load_file(tmp_path / "checkpoint.safetensors")
     assert {"learner.log_scale", "average.module.log_scale", "average.n_averaged"} <= set(stored)
     assert any(key.startswith("learner.network.encode1.0.conv1") for key in stored)
+
+
+def test_the_truth_is_exact_under_autocast():
+    """bfloat16 is for networks: three digits of a rotation are 0.2°."""
+    query, reference = (torch.from_numpy(Rotation.random(20, rng=seed).as_matrix()).float() for seed in (0, 1))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = relative(query, reference)
+        assert (query @ reference.mT).dtype == torch.bfloat16, "what it would be"
+    torch.testing.assert_close(found, query @ reference.mT)
 
 
 @pytest.mark.parametrize("seed", range(3))

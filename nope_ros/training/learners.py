@@ -288,6 +288,11 @@ def samples_angle(samples: Candidates) -> NDArray[np.float64]:
     return angle
 
 
+def relative(R_query: Tensor, R_reference: Tensor) -> Tensor:
+    """R_query R_referenceᵀ (P, 3, 3), exactly: under autocast a matrix product would lose a quarter of a degree."""
+    return (R_query[:, :, None] * R_reference[:, None]).sum(-1)
+
+
 class RegressionLearner(Learner):
     """The rotation itself, by the Frobenius distance to the true one; see ``nope_ros.models.rotation_regression``."""
 
@@ -308,7 +313,7 @@ class RegressionLearner(Learner):
     def forward(self, batch: Batch, number: int) -> Tensor:
         """The mean over all pairs, not squared: of several answers that fit, the median and not the middle."""
         estimated, R_query, R_reference = self._rotations(batch)
-        return self._distance(estimated, R_query @ R_reference.mT).mean()
+        return self._distance(estimated, relative(R_query, R_reference)).mean()
 
     def _rotations(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """ΔR as estimated, and R_virtual_object of queries and references, all (P, 3, 3)."""
@@ -328,7 +333,7 @@ class RegressionLearner(Learner):
         distances, near = [], []
         for batch in batches:
             estimated, R_query, R_reference = self._rotations(batch)
-            distances.append(self._distance(estimated, R_query @ R_reference.mT).double().cpu().numpy())
+            distances.append(self._distance(estimated, relative(R_query, R_reference)).double().cpu().numpy())
             near.append(_within_90(R_query, R_reference))
         distance = np.concatenate(distances)
         error = np.degrees(2 * np.arcsin(np.clip(distance / np.sqrt(8), 0, 1)))
@@ -415,7 +420,7 @@ class PaperUNetLearner(Learner):
             latents = self.network.encode(_pixels(batch.crops)).float().unflatten(0, batch.crops.shape[:2])
         first, second = _pairs(batch.crops.shape[1])
         R = batch.R_virtual_object
-        delta_R = R[:, second].flatten(0, 1) @ R[:, first].flatten(0, 1).mT
+        delta_R = relative(R[:, second].flatten(0, 1), R[:, first].flatten(0, 1))
         return latents[:, first].flatten(0, 1), latents[:, second].flatten(0, 1), delta_R
 
     def validate(self, batches: list[Batch]) -> dict[str, float]:
