@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
 from nope_ros.depth import Fit, fit, sampled
-from nope_ros.distribution import Mode
+from nope_ros.distribution import Mode, RotationDistribution
 from nope_ros.latent import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -40,18 +40,19 @@ from nope_ros.models.correspondence import (
     Views,
     directions,
 )
-from nope_ros.pose import PoseEstimate, ReferencePose, Stage
+from nope_ros.pose import PoseEstimate, ReferencePose, Stage, rotation_covariance
 from nope_ros.prior import constrained
+from nope_ros.refine import Refined, over_modes
 from nope_ros.rotations import exp, twist
 
 if TYPE_CHECKING:
     from nope_ros.estimator import RegisteredObject
-    from nope_ros.refine import Query, Refined
+    from nope_ros.refine import Query
 
 Array = NDArray[np.float64]
 
 CORRESPONDENCE_WEIGHTS = Path(__file__).parent / "weights" / "correspondence"
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
 _CACHED_VIEWS = 256
 # Of the direction of gravity, where it takes a turn out of the rotation's errors; radians.
 _GRAVITY_SIGMA = np.radians(2.0)
@@ -72,7 +73,8 @@ class Trust(BaseModel):
         hypotheses: most modes of the templates that are tried.
         first_steps: looks at each of them, before the best goes on.
         steps: looks at the best.
-        agreement: weight of the features' agreement against the log of a mode's probability.
+        support: what the network's log odds of a mode being right count beside the log of its probability: below one,
+            as templates and network err alike.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -83,7 +85,7 @@ class Trust(BaseModel):
     hypotheses: int = Field(default=4, ge=1, le=16)
     first_steps: int = Field(default=3, ge=1, le=16)
     steps: int = Field(default=8, ge=1, le=32)
-    agreement: float = Field(default=40.0, ge=0)
+    support: float = Field(default=0.5, ge=0)
 
 
 class CorrespondenceWeights(BaseModel):
@@ -107,7 +109,7 @@ class CorrespondenceWeights(BaseModel):
     network: dict[str, Any]
     with_mesh: Trust = Trust(offsets_deg=15.0, affine_deg=20.0)
     with_depth: Trust = Trust(offsets_deg=10.0, affine_deg=10.0, hypotheses=1, first_steps=1)
-    with_image: Trust = Trust(offsets_deg=10.0, affine_deg=10.0, hypotheses=1, first_steps=1, steps=1)
+    with_image: Trust = Trust(offsets_deg=10.0, affine_deg=10.0, hypotheses=4, first_steps=1, steps=1)
     licence: str = "Apache-2.0"
     training: dict[str, Any] = Field(default_factory=dict)
 
@@ -134,7 +136,10 @@ class Found:
     """What the network says of the best of some hypotheses.
 
     Attributes:
-        modes: the hypotheses in the order of their probabilities, which are new; the best first.
+        distribution: of the estimate, weighed by what was seen of its modes.
+        modes: all of the estimate's in the order of their probabilities, which are new; the best first.
+        tried: those that were compared, with the probabilities that they had.
+        support: of each of these.
         reference: the object's, with the size and centre that it has in the view that was compared.
         R: (3, 3) from the reference's virtual camera to the query's, after the last step.
         affine_R: (3, 3) the same after what a 2D affine can say.
@@ -144,7 +149,10 @@ class Found:
         matches: that these followed from.
     """
 
+    distribution: RotationDistribution
     modes: tuple[Mode, ...]
+    tried: tuple[Mode, ...]
+    support: tuple[float, ...]
     reference: ReferencePose
     R: Array
     affine_R: Array
@@ -228,10 +236,17 @@ class CorrespondenceRefiner:
         return cls(network, weights, device)
 
     def refine(self, query: Query, registered: RegisteredObject, estimate: PoseEstimate) -> Refined | None:
-        """A finer pose; None where the network expects to be wrong."""
-        found = self.look(query, registered, estimate)
+        """A finer pose, or another mode where it is seen better; None where nothing is to be changed."""
+        return self.concluded(query, registered, estimate, self.look(query, registered, estimate))
+
+    def concluded(
+        self, query: Query, registered: RegisteredObject, estimate: PoseEstimate, found: Found
+    ) -> Refined | None:
+        """``refine``, of what ``look`` found."""
         stage = self.stage(registered, estimate, found)
-        return None if stage is None else self.answer(query, registered, estimate, found, stage)
+        if stage is None and len(found.tried) < 2:
+            return None
+        return self.answer(query, registered, estimate, found, stage)
 
     def proposals(self, query: Query, registered: RegisteredObject, estimate: PoseEstimate) -> list[Refined]:
         """All that may be made of one look, for whoever can tell by depth which is right."""
@@ -314,9 +329,16 @@ class CorrespondenceRefiner:
         )
 
     def answer(
-        self, query: Query, registered: RegisteredObject, estimate: PoseEstimate, found: Found, stage: Stage
+        self, query: Query, registered: RegisteredObject, estimate: PoseEstimate, found: Found, stage: Stage | None
     ) -> Refined:
-        """What ``look`` found, as far as the prior allows it; ``stage`` "affine" or "offsets"."""
+        """What ``look`` found, as far as the prior allows it.
+
+        ``stage`` is "affine" or "offsets", or None to take the modes in their new order as they are.
+        """
+        if stage is None:
+            best = found.modes[0].R
+            spread = rotation_covariance(found.distribution, best)
+            return Refined(estimate.stage, found.modes, spread, distribution=found.distribution)
         R, centre = found.R, found.centre_virtual
         covariance: Array | None = self._covariance(query, estimate, self._trust(registered).spread * found.sigma)
         if stage == "affine":
@@ -348,8 +370,6 @@ class CorrespondenceRefiner:
 
         ``covariance`` is of R if its mode is the right one; None: the estimate's stays.
         """
-        from nope_ros.refine import Refined, over_modes
-
         R_virtual = constrained(R, estimate.prior, registered.gravity_virtual, query.gravity_virtual)
         R_camera_virtual = query.crop.R_virtual_camera.T
         delta_R = R_camera_virtual @ R_virtual @ registered.R_virtual_camera
@@ -358,20 +378,24 @@ class CorrespondenceRefiner:
         R_object = delta_R @ asked.R_camera_object
         between = R_object @ (found.reference.offset_object - asked.offset_object)
         best, *others = found.modes
-        answer = Mode(delta_R, best.probability)
-        known = estimate.covariance[3:, 3:]
+        answer, seen = Mode(delta_R, best.probability), found.distribution
         return Refined(
             stage=stage,
             modes=(answer, *others),
-            rotation_covariance=known if covariance is None else over_modes(estimate.distribution, answer, covariance),
+            rotation_covariance=(
+                rotation_covariance(seen, best.R) if covariance is None else over_modes(seen, answer, covariance)
+            ),
             centre=R_camera_virtual @ centre + between,
+            distribution=seen,
         )
 
     def look(self, query: Query, registered: RegisteredObject, estimate: PoseEstimate) -> Found:
         """What the network makes of an estimate's modes."""
         trust, crop = self._trust(registered), query.crop
-        modes = estimate.distribution.modes
-        tried = [mode for mode in modes[: trust.hypotheses] if mode.probability > _LEAST_SHARE * modes[0].probability]
+        modes = [Mode(R, mode.probability) for R, mode in zip(estimate.mode_rotations, estimate.modes, strict=True)]
+        # What earlier frames chose is not chosen anew.
+        most = 1 if estimate.stage == "tracking" else trust.hypotheses
+        tried = [mode for mode in modes[:most] if mode.probability > _LEAST_SHARE * modes[0].probability]
         hypotheses = [self._hypothesis(query, registered, mode) for mode in tried]
         rgba = np.dstack([crop.image, crop.mask])
         with torch.inference_mode():
@@ -379,23 +403,37 @@ class CorrespondenceRefiner:
             search = _Search.start(self, hypotheses, seen)
             for _ in range(trust.first_steps):
                 search = search.advanced()
-            agreement = search.step.agreement.double().cpu().numpy()  # type: ignore[union-attr]
-            score = trust.agreement * agreement + np.log([mode.probability for mode in tried])
-            order = np.argsort(-score)
-            search = search.only(int(order[0]))
+            support = search.step.support.double().cpu().numpy()  # type: ignore[union-attr]
+            weight = trust.support * support if len(tried) > 1 else np.zeros(1)
+            chosen = int(np.argmax(weight + np.log([mode.probability for mode in tried])))
+            search = search.only(chosen)
             for _ in range(trust.steps - trust.first_steps):
                 search = search.advanced()
-        share = np.exp(score - score.max())
-        share *= sum(mode.probability for mode in tried) / share.sum()
-        rest = tuple(mode for mode in modes if all(mode is not one for one in tried))
-        ordered = tuple(Mode(tried[n].R, float(share[n])) for n in order)
-        best = hypotheses[int(order[0])]
+        log_weight = np.concatenate([weight, np.zeros(len(modes) - len(tried))])
+        seen_again = estimate.distribution.weighed(np.stack([mode.R for mode in modes]), log_weight)
+        mass = np.array([mode.probability for mode in modes])
+        mass = mass * np.exp(log_weight) / (1 + (mass * np.expm1(log_weight)).sum())
+        ordered = [Mode(mode.R, float(share)) for mode, share in zip(modes, mass, strict=True)]
+        best = hypotheses[chosen]  # what was compared and found best comes first
+        ordered.sort(key=lambda mode: (mode.R is not best.mode.R, -mode.probability))
         assert search.step is not None and search.affine is not None
         R, centre = self._back(search.step.pose, best, crop.angular_radius)
         affine_R, affine_centre = self._back(search.affine, best, crop.angular_radius)
         sigma = float(search.step.log_sigma[0].exp())
         matches = self._matches(search.step, best)
-        return Found(ordered + rest, best.reference, R, affine_R, centre, affine_centre, sigma, matches)
+        return Found(
+            distribution=seen_again,
+            modes=tuple(ordered),
+            tried=tuple(tried),
+            support=tuple(support.tolist()),
+            reference=best.reference,
+            R=R,
+            affine_R=affine_R,
+            centre_virtual=centre,
+            affine_centre_virtual=affine_centre,
+            sigma=sigma,
+            matches=matches,
+        )
 
     @staticmethod
     def _matches(step: Step, hypothesis: _Hypothesis) -> Matches:

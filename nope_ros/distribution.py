@@ -103,6 +103,18 @@ class RotationDistribution:
         ]
         return tuple(sorted(modes, key=lambda mode: -mode.probability))
 
+    def weighed(self, peaks: Array, log_weight: Array) -> RotationDistribution:
+        """The distribution after evidence on some peaks: what is around each counts exp(``log_weight``) times as much.
+
+        Args:
+            peaks: (M, 3, 3); a rotation within 30° belongs to the nearest of them, of others nothing new is known.
+            log_weight: (M,) log of how much likelier the evidence is if that peak is right than if it is not.
+        """
+        angles = _angles(peaks, self.rotations)
+        weight = np.where(angles.min(axis=0) <= CONFIDENCE_RADIUS, log_weight[angles.argmin(axis=0)], 0.0)
+        with np.errstate(divide="ignore"):
+            return replace(self, probabilities=_normalised(np.log(self.probabilities) + weight))
+
     @property
     def mode(self) -> Mode:
         """The most probable peak."""

@@ -58,7 +58,8 @@ class PoseEstimate:
         similarity: whether it is this object at all, at most 1: see ``nope_ros.match.Bank``.
         prior: what was assumed of gravity.
         truncated: whether the mask reaches the image border.
-        stage: what the pose comes from. The distribution is that of the templates, before any refiner.
+        stage: what the pose comes from. The distribution is that of the templates, its modes weighed anew where a
+            refiner has compared them; refiners do not narrow it.
     """
 
     object_id: str

@@ -65,6 +65,7 @@ class Refined:
             of the reference's crop shows at the reference's distance. None: as it was.
         centre_covariance: (3, 3) of it, without what the rotation adds to the origin of the object frame. None: as it
             was.
+        distribution: over delta_R, with what the refiner saw of its modes. None: as it was.
     """
 
     stage: Stage
@@ -72,6 +73,7 @@ class Refined:
     rotation_covariance: Array
     centre: Array | None = None
     centre_covariance: Array | None = None
+    distribution: RotationDistribution | None = None
 
 
 class Refiner(Protocol):
@@ -159,7 +161,7 @@ def load_refiner(step: Step, predictor: Predictor) -> Refiner:
 
 
 def moved(estimate: PoseEstimate, refined: Refined, reference: ReferencePose) -> PoseEstimate:
-    """The estimate with a refiner's pose in place of its own; the distribution stays."""
+    """The estimate with a refiner's pose in place of its own."""
     # What the refiner left alone is taken back out of the pose: origin to centre, and the lever out of the covariance.
     arm = estimate.R_camera_object @ reference.offset_object
     centre = estimate.t_camera_object - arm if refined.centre is None else refined.centre
@@ -176,4 +178,5 @@ def moved(estimate: PoseEstimate, refined: Refined, reference: ReferencePose) ->
         covariance=placed.covariance,
         modes=placed.modes,
         stage=refined.stage,
+        distribution=refined.distribution or estimate.distribution,
     )

@@ -17,7 +17,7 @@ from nope_ros.correspondence import CORRESPONDENCE_WEIGHTS, rolled
 from nope_ros.crop import VirtualCamera, depth_through, look_through
 from nope_ros.estimator import PoseEstimator
 from nope_ros.evaluation.meshes import FIRST_UNSEEN_SEED, random_camera
-from nope_ros.evaluation.stages import Pair, StageError
+from nope_ros.evaluation.stages import Compared, Pair, StageError
 from nope_ros.frame import Frame
 from nope_ros.models.correspondence import (
     CorrespondenceConfig,
@@ -33,7 +33,7 @@ from nope_ros.rotations import exp, geodesic_distance, twist
 from nope_ros.training.procedural import procedural_object
 from nope_ros.training.render import render
 from nope_ros.training.render_cache import random_finish, random_lighting
-from nope_ros.training.trust import choose, held_out
+from nope_ros.training.trust import choose, fit_support, held_out
 
 seeds = st.integers(0, 2**32 - 1)
 MESHES = Path(__file__).parents[2] / "shared/data/meshes/train"
@@ -157,7 +157,7 @@ def test_a_mesh_object_is_found_more_exactly() -> None:
 
 def test_what_is_learned_from_agrees_with_itself(tmp_path: Path) -> None:
     """A cache rendered with depth: true poses bring true points to where the other view has that depth."""
-    from nope_ros.training.correspond import CorrespondenceTraining, GroupDataset, choose_pairs
+    from nope_ros.training.correspond import CorrespondenceTraining, GroupDataset, Templates, choose_pairs
     from nope_ros.training.render_cache import main as render_cache
 
     render_cache(["--procedural", "3", "--views", "16", "--depth", "--workers", "1", "--out", str(tmp_path)])
@@ -177,9 +177,23 @@ def test_what_is_learned_from_agrees_with_itself(tmp_path: Path) -> None:
     batch = GroupDataset(config.data, None, 96, 0).batch(np.random.default_rng(0))
     network = CorrespondenceNetwork(CorrespondenceConfig())
     mask = torch.nn.functional.avg_pool2d((batch.crops.flatten(0, 1)[:, 3:] > 127).float(), 4)
-    truth = choose_pairs(batch, network.cells, config, np.random.default_rng(0), mask)
+    templates = Templates()
+    truth = choose_pairs(batch, network.cells, config, np.random.default_rng(0), mask, templates)
     surface = truth.points[..., 2].isfinite()
     assert truth.visible.sum() > 0.4 * surface.sum()
+    off = np.degrees(geodesic_distance(truth.hypothesis.double().numpy(), truth.pose.R.double().numpy()))
+    wrong = truth.wrong.numpy()
+    assert 0 < wrong.sum() < len(wrong) and off[~wrong].max() < 45 and np.median(off[wrong]) > 40
+    # As much evidence of each kind at every distance: nothing to even out where all are equally far.
+    far = torch.tensor(exp(np.array([[0.0, 2.0, 0.0]]))).float().expand(300, -1, -1)
+    for _ in range(200):
+        counts = templates.weights(far, torch.arange(300) < 200)
+    assert counts[250] == 1 and counts[0] == pytest.approx(1.0, abs=0.05), "all are at one distance"
+    near = torch.eye(3).expand(300, -1, -1)
+    for _ in range(200):
+        counts = templates.weights(torch.cat([near, far]), torch.arange(600) < 400)
+    assert counts[0] == pytest.approx(0.2), "wrong ones where no right one is hardly count"
+    assert counts[350] == pytest.approx(4.0, abs=0.2), "a quarter of the wrong ones is where all of the right ones are"
     points = truth.points.nan_to_num(0)
     weights = surface.float()[..., None].expand(-1, -1, 2)
     pose = RelativePose.of_rotation(truth.pose.R)
@@ -225,7 +239,8 @@ def test_thresholds_are_as_wide_as_they_harm_nobody() -> None:
     for _ in range(400):
         sigma = rng.uniform(2, 20)
         offsets = abs(rng.normal()) * sigma
-        pairs.append(Pair("", {"template": error(8.0), "+ affine": error(7.9), "+ offsets": error(offsets)}, sigma))
+        errors = {"template": error(8.0), "+ affine": error(7.9), "+ offsets": error(offsets)}
+        pairs.append(Pair("", errors, sigma, Compared(np.zeros(1), np.zeros(1), np.ones(1, dtype=bool))))
     chosen = choose(pairs, 0.08, axes=1)
     assert chosen.worse_percent <= 8
     assert 5 < chosen.offsets_deg < 15
@@ -236,6 +251,28 @@ def test_thresholds_are_as_wide_as_they_harm_nobody() -> None:
     assert nothing.worse_percent == 0
     assert choose(pairs, 0.08, offsets=False).offsets_deg == 0
     assert choose(pairs, 0.02, axes=1).offsets_deg < chosen.offsets_deg
+
+
+def test_support_counts_as_much_as_it_tells() -> None:
+    """Fully if its log odds are true and independent of the templates', half if they boast twofold, else not at all."""
+    rng = np.random.default_rng(0)
+
+    def pairs(boast: float) -> list[Pair]:
+        made = []
+        for _ in range(3000):
+            prior = rng.dirichlet(np.ones(3))
+            right = np.arange(3) == rng.choice(3, p=prior)
+            # Evidence of unit variance whose mean tells right from wrong by one: its log odds are itself, less a half.
+            support = boast * (rng.normal(size=3) + right)
+            made.append(Pair("", {}, 1.0, Compared(np.log(prior), support, right)))
+        return made
+
+    assert fit_support(pairs(1.0)) == pytest.approx(1.0, abs=0.1)
+    assert fit_support(pairs(2.0)) == pytest.approx(0.5, abs=0.05)
+    for pair in (nothing := pairs(1.0)):
+        rng.shuffle(pair.compared.support)
+    assert fit_support(nothing) < 0.1
+    assert fit_support([]) == 0
 
 
 def test_what_is_held_out_is_not_trained_on() -> None:

@@ -124,6 +124,18 @@ def test_modes_are_peaks_at_least_20_degrees_apart_and_not_slopes():
     assert list(d.modes) == sorted(d.modes, key=lambda mode: -mode.probability)
 
 
+def test_evidence_on_peaks_is_bayes_rule():
+    """Two equal peaks, one of them twice as likely to be seen: two thirds to one third, and within a peak as before."""
+    other = TRUTH @ exp(np.array([0.0, np.pi, 0.0]))
+    d = distribution(TRUTH, other)
+    seen = d.weighed(np.stack([mode.R for mode in d.modes[:2]]), np.log([1.0, 2.0]))
+    first, second = (seen.mass_within(mode.R, np.radians(30)) for mode in d.modes)
+    assert (first, second) == (pytest.approx(1 / 3, abs=0.01), pytest.approx(2 / 3, abs=0.01))
+    assert geodesic_distance(seen.mode.R, d.modes[1].R) < 1e-6, "where a peak is, is the templates' knowledge"
+    assert seen.probabilities.sum() == pytest.approx(1)
+    np.testing.assert_allclose(d.weighed(d.mode.R[None], np.zeros(1)).probabilities, d.probabilities)
+
+
 def test_a_change_of_axes_moves_everything_along():
     d = distribution(TRUTH, sigma_deg=12)
     left, right = exp(np.array([0.2, 0.1, -0.5])), exp(np.array([-0.4, 0.3, 0.2]))

@@ -26,6 +26,7 @@ from scipy.spatial import KDTree
 
 from nope_ros.correspondence import CorrespondenceRefiner
 from nope_ros.crop import Crop
+from nope_ros.distribution import CONFIDENCE_RADIUS
 from nope_ros.estimator import PoseEstimator, RegisteredObject
 from nope_ros.evaluation.meshes import MESH_SUFFIXES, RADIUS_WITH_DEPTH, mesh_set, procedural_set
 from nope_ros.evaluation.photos import photo_set
@@ -69,12 +70,22 @@ class StageError:
 
 
 @dataclass(frozen=True)
+class Compared:
+    """Modes of the templates that were compared: log of their probabilities, support, and whether right; (M,) each."""
+
+    log_mass: Array
+    support: Array
+    right: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
 class Pair:
     """What the stages say of one query: an error for each row, in order, and what the network expected."""
 
     object_name: str
     errors: dict[str, StageError]
     sigma_deg: float
+    compared: Compared
 
     @property
     def right(self) -> bool:
@@ -184,8 +195,7 @@ def judge(
     affine, offsets = (
         after(template, refiner.answer(seen, registered, template, found, stage)) for stage in ("affine", "offsets")
     )
-    stage = refiner.stage(registered, template, found)
-    answer = {"affine": affine, "offsets": offsets}.get(stage or "", template)
+    answer = after(template, refiner.concluded(seen, registered, template, found))
     rows = {"template": (template, matched), "+ affine": (affine, looked), "+ offsets": (offsets, looked)}
     if settle and frame.depth is not None:
         # Where too little of it is known, all stays as it was without.
@@ -202,7 +212,12 @@ def judge(
             looked = time.perf_counter() - begin
     rows["answer"] = (answer, looked)
     errors = {row: _error(pose, query, seen.crop, evaluated, model, seconds) for row, (pose, seconds) in rows.items()}
-    return Pair(evaluated.name, errors, float(np.degrees(found.sigma)))
+    tried = [mode.R @ registered.reference.R_camera_object for mode in found.tried]
+    off = np.degrees([evaluated.symmetry.error(R, query.R_camera_object) for R in tried])
+    compared = Compared(
+        np.log([mode.probability for mode in found.tried]), np.array(found.support), off < np.degrees(CONFIDENCE_RADIUS)
+    )
+    return Pair(evaluated.name, errors, float(np.degrees(found.sigma)), compared)
 
 
 def judge_set(

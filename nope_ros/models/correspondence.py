@@ -16,7 +16,10 @@ which the circle is seen, so that the camera is 1/ρ away.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +27,9 @@ from torch import Tensor, nn
 
 from nope_ros.crop import FILL
 from nope_ros.models.rotated_latent import CropUNet, ResidualBlock
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -111,8 +117,8 @@ class Step:
         points: (P, N, 3) of the reference, their depth corrected by what this pair shows of it.
         targets: (P, N, 3) where the points are seen in the query (x, y), and how deep they lie there.
         log_weights: (P, N, 2) of the targets' image coordinates and of their depth; −inf outside the mask.
-        agreement: (P,) mean over the points of the best cosine around their places: PicoPose's score of a template.
         log_sigma: (P,) log of the expected error of the pose's rotation, radians.
+        support: (P,) log odds that the hypothesis was about right, in training's mixture of right and wrong ones.
         information: (P, 6, 6) of rotation vector, shift and log scale, as the weights have it.
     """
 
@@ -120,8 +126,8 @@ class Step:
     points: Tensor
     targets: Tensor
     log_weights: Tensor
-    agreement: Tensor
     log_sigma: Tensor
+    support: Tensor
     information: Tensor
 
     def __getitem__(self, index: Tensor | slice) -> Step:
@@ -136,6 +142,18 @@ def cell_centres(count: int) -> Tensor:
     return torch.stack([x, y], dim=-1).reshape(-1, 2)
 
 
+def in_full(function: Callable[P, T]) -> Callable[P, T]:
+    """Geometry, kept out of autocast: of a rotation in bfloat16 a quarter of a degree is left."""
+
+    @wraps(function)
+    def exact(*args: P.args, **kwargs: P.kwargs) -> T:
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return function(*args, **kwargs)
+
+    return exact
+
+
+@in_full
 def project(points: Tensor, pose: RelativePose, rho: Tensor) -> Tensor:
     """Reference points (P, N, 3) in the query, ``rho`` (P,): image coordinates and depth there, (P, N, 3)."""
     turned = points @ pose.R.mT
@@ -146,6 +164,7 @@ def project(points: Tensor, pose: RelativePose, rho: Tensor) -> Tensor:
     return torch.cat([shifted * size[..., None], depth[..., None]], dim=-1)
 
 
+@in_full
 def solve(
     points: Tensor, targets: Tensor, weights: Tensor, pose: RelativePose, rho: Tensor, damping: Tensor, free: Tensor
 ) -> tuple[RelativePose, Tensor]:
@@ -225,13 +244,13 @@ class CorrespondenceNetwork(nn.Module):
         self.read = nn.Sequential(nn.Conv2d(inputs, hidden, 1, bias=False), nn.BatchNorm2d(hidden), nn.ReLU())
         self.think = nn.Sequential(ResidualBlock(hidden), ResidualBlock(hidden), ResidualBlock(hidden))
         self.say = nn.Conv2d(hidden, 6, 1)
-        verdict = nn.Linear(hidden, 1)
+        verdict = nn.Linear(hidden, 2)
         self.judge = nn.Sequential(nn.Linear(2 * hidden, hidden), nn.ReLU(), verdict)
-        # Starts by moving nothing, and by expecting an error of 13°.
-        for layer, bias in ((self.say, 0.0), (verdict, -1.5)):
+        # Starts by moving nothing, by expecting an error of 13°, and by not knowing right from wrong.
+        for layer, bias in ((self.say, [0.0] * 6), (verdict, [-1.5, 0.0])):
             assert layer.bias is not None
             nn.init.zeros_(layer.weight)
-            nn.init.constant_(layer.bias, bias)
+            layer.bias.data.copy_(torch.tensor(bias))
         # How strongly a hypothesis is believed, where depth is known and where it is predicted.
         self.log_damping = nn.Parameter(torch.zeros(2, 6))
         grid = config.crop_size // 4
@@ -346,13 +365,12 @@ class CorrespondenceNetwork(nn.Module):
         points = self.deepened(points, 0.2 * deeper[..., 0] * correctable[:, None], reference.rho)
         log_weights = log_weights.clamp(-8, 4).masked_fill(~valid[..., None], -torch.inf)
         share = valid.float() / valid.sum(1, keepdim=True).clamp(min=1)
-        agreement = (windows[0].amax(-1) * share).sum(1)
         flat = h.float().flatten(2)
         highest = flat.masked_fill(~valid[:, None], -1e4).amax(2)
         pooled = torch.cat([(flat * share[:, None]).sum(2), highest.clamp(min=0)], dim=1)
-        log_sigma = self.judge(pooled).float()[:, 0].clamp(-4.5, 1.2)
+        log_sigma, support = self.judge(pooled).float().unbind(1)
         solved, information = self.solved(points, targets, log_weights, pose, query.rho, correctable)
-        return Step(solved, points, targets, log_weights, agreement, log_sigma, information)
+        return Step(solved, points, targets, log_weights, log_sigma.clamp(-4.5, 1.2), support, information)
 
 
 def directions(affine_only: bool = False) -> Tensor:

@@ -1,8 +1,9 @@
 """Learn the correspondence refiner: ``nope-ros train config/train/correspondence.yaml``.
 
-Batches are groups of views of one object within sight of each other. Depth of the renders tells where each cell of one
-view is in another. A hypothesis is the truth, disturbed as the templates' answers are, and sometimes wrong altogether;
-then the network has to say so.
+Batches are groups of views of one object, most of them within sight of each other. Depth of the renders tells where
+each cell of one view is in another. A hypothesis is the truth, disturbed as the templates' answers are, or wrong
+altogether, as templates are: from another side, mirrored, half a turn off; then the network has to say so. As at run
+time, the query has been rolled to align with the hypothesis, not with the truth.
 """
 
 from __future__ import annotations
@@ -27,13 +28,26 @@ from torch.utils.data import DataLoader
 
 from nope_ros.correspondence import CorrespondenceWeights
 from nope_ros.crop import depth_through
-from nope_ros.latent import CONFIG_FILE, WEIGHTS_FILE, crops_to_tensor, find_weights, load_state, read_state
+from nope_ros.harmonics import wigner_d
+from nope_ros.latent import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    RotatedLatentPredictor,
+    crops_to_tensor,
+    find_weights,
+    load_predictor,
+    load_state,
+    read_state,
+)
 from nope_ros.models.correspondence import (
     CorrespondenceConfig,
     CorrespondenceNetwork,
     RelativePose,
+    in_full,
     project,
 )
+from nope_ros.models.rotated_latent import correlation, flatten_d
+from nope_ros.prior import free_rotations
 from nope_ros.rotations import exp, twist
 from nope_ros.training.augment import AugmentationConfig, training_view
 from nope_ros.training.learners import Curves
@@ -42,6 +56,9 @@ from nope_ros.training.pairs import DataConfig, PairDataset
 from nope_ros.training.train import _load, _log, _save, moving_average, plot
 
 Array = NDArray[np.float64]
+
+# A hypothesis farther from the truth is wrong; a view rolled by more is not aligned; radians.
+_FAR, _ASKEW = np.radians(30), np.radians(30)
 
 CURVES = Curves(
     "loss",
@@ -62,14 +79,15 @@ class CorrespondenceTraining(BaseModel):
     start: str = ""  # folder of weights to go on from
     trunk: str = ""  # else: weights of a rotated latent whose U-Net the trunk starts from; empty: the packaged ones
     train_from: str = "encode3"  # what comes before this in the trunk stays as it was
-    pairs_per_batch: int = 72
+    pairs_per_batch: int = 108
     steps: int = 2
-    most_apart_deg: float = 75.0
+    most_apart_deg: float = 75.0  # of pairs that teach places; all teach right from wrong
     hypothesis_deg: tuple[float, float] = (1.0, 11.0)  # standard deviation about each axis
-    wrong_share: float = 0.15
+    wrong_share: float = 0.4
     known_depth_share: float = 0.5  # of the pairs have the reference's true depth, as renders of a mesh have
     close_share: float = 0.5  # of the groups are drawn within close_deg
     close_deg: float = 30.0
+    anywhere_share: float = 0.15  # of the groups are drawn from all sides
     seed: int = 0
     budget_minutes: float = 40
     learning_rate: float = 2.0e-3
@@ -107,11 +125,13 @@ class GroupBatch:
 
 
 class GroupDataset(PairDataset):
-    """An endless stream of groups: an anchor, and views within sight of it, rolled to align with it, about."""
+    """An endless stream of groups: an anchor, and views within sight of it, most of them rolled to align with it."""
 
     roll_noise_deg = 6.0
+    astray_share = 0.15  # of the views are rolled anyhow: what a query is under a hypothesis of a wrong roll
     close_share = 0.0
     close_deg = 30.0
+    anywhere_share = 0.0
 
     def batch(self, rng: Generator) -> GroupBatch:  # type: ignore[override]
         """One batch from one generator."""
@@ -126,7 +146,9 @@ class GroupDataset(PairDataset):
         candidates = cache.views[index]
         first = rng.integers(len(candidates))
         cosine = cache.directions[candidates] @ cache.directions[candidates[first]]
-        within = self.close_deg if rng.random() < self.close_share else config.near_deg
+        kind = rng.random()
+        within = self.close_deg if kind < self.close_share else config.near_deg
+        within = 180.0 if kind > 1 - self.anywhere_share else within
         near = np.flatnonzero(cosine > np.cos(np.radians(within)))
         near = near[near != first]
         if len(near) < config.views_per_object - 1:  # the nearest ones then
@@ -136,7 +158,10 @@ class GroupDataset(PairDataset):
         anchor, R_anchor = self._view(candidates[first], roll, rng)
         group = [anchor]
         for other in candidates[rest]:
-            roll = -float(twist(cache.R[other] @ R_anchor.T)) + np.radians(self.roll_noise_deg) * rng.normal()
+            off = np.radians(self.roll_noise_deg) * rng.normal()
+            if rng.random() < self.astray_share:
+                off = rng.uniform(-np.pi, np.pi)
+            roll = -float(twist(cache.R[other] @ R_anchor.T)) + off
             group.append(self._view(other, roll, rng)[0])
         return group
 
@@ -168,6 +193,7 @@ class Truth:
         visible: (P, N) whether they are seen there.
         hypothesis: (P, 3, 3).
         wrong: (P,) hypotheses that have nothing to do with the truth.
+        learned: (P,) pairs within sight of each other whose hypothesis is about right.
     """
 
     reference: Tensor
@@ -178,10 +204,64 @@ class Truth:
     visible: Tensor
     hypothesis: Tensor
     wrong: Tensor
+    learned: Tensor
 
 
+class Templates:
+    """What is likely to be taken for the truth: wrong hypotheses, as the packaged templates would make them.
+
+    How far they look from the reference must not give them away: views drawn together are nearer to each other than
+    views anywhere, which at run time nobody knows. So each counts as much as makes both kinds as frequent at every
+    distance.
+    """
+
+    _BINS = 6
+
+    def __init__(self) -> None:
+        predictor = load_predictor(None, device="cpu")
+        assert isinstance(predictor, RotatedLatentPredictor)
+        self.predictor = predictor
+        grid = free_rotations()
+        self.rotations = torch.from_numpy(np.array(grid[np.abs(twist(grid)) < _ASKEW])).float()
+        self.turns = flatten_d(wigner_d(self.rotations, predictor.network.config.bandwidth))
+        self.seen = torch.ones(2, self._BINS)  # right and wrong ones at each distance, fading
+
+    @in_full
+    @torch.no_grad()
+    def wrong(self, latents: Tensor, reference: Tensor, query: Tensor, delta: Tensor) -> Tensor:
+        """Rotations (P, 3, 3) at least 30° from the true ones, as probable as the templates find them.
+
+        Args:
+            latents: (B, D) of the views.
+            reference: (P,) index of the view.
+            query: (P,).
+            delta: (P, 3, 3) true.
+        """
+        shaped = latents.unflatten(1, self.predictor.latent_shape)
+        logits = correlation(shaped[query], shaped[reference]) @ self.turns.T / self.predictor.temperature
+        cosine = (torch.einsum("pij,nij->pn", delta, self.rotations) - 1) / 2
+        logits = logits.masked_fill(cosine > np.cos(_FAR), -torch.inf)
+        return self.rotations[torch.distributions.Categorical(logits=logits).sample()]
+
+    def weights(self, hypothesis: Tensor, wrong: Tensor) -> Tensor:
+        """What each hypothesis counts (P,), from what was seen so far."""
+        angle = torch.acos(hypothesis[:, 2, 2].clamp(-1, 1))
+        at = (angle / np.pi * self._BINS).long().clamp(max=self._BINS - 1)
+        for kind, mine in enumerate((~wrong, wrong)):
+            self.seen[kind] = 0.98 * self.seen[kind] + torch.bincount(at[mine], minlength=self._BINS)
+        share = self.seen / self.seen.sum(1, keepdim=True)
+        ratio = (share[0] / share[1]).clamp(0.2, 5.0)[at]
+        return torch.where(wrong, ratio, torch.ones_like(ratio))
+
+
+@in_full
 def choose_pairs(
-    batch: GroupBatch, cells: Tensor, config: CorrespondenceTraining, rng: Generator, mask: Tensor
+    batch: GroupBatch,
+    cells: Tensor,
+    config: CorrespondenceTraining,
+    rng: Generator,
+    mask: Tensor,
+    templates: Templates,
 ) -> Truth:
     """Ordered pairs of a batch and hypotheses for them; ``cells`` (N, 2), ``mask`` (B, 1, n, n) of the crops."""
     groups, views = batch.rho.shape
@@ -195,9 +275,8 @@ def choose_pairs(
     # Directions of view in the object's axes.
     towards = F.normalize(-(R.mT @ t[..., None])[..., 0], dim=-1)
     apart = torch.acos((towards[reference] * towards[query]).sum(-1).clamp(-1, 1))
-    rolled = torch.atan2(delta[:, 1, 0] - delta[:, 0, 1], delta[:, 0, 0] + delta[:, 1, 1]).abs()
-    usable = torch.nonzero((apart < np.radians(config.most_apart_deg)) & (rolled < np.radians(30)))[:, 0]
-    chosen = usable[torch.from_numpy(rng.permutation(len(usable))[: config.pairs_per_batch]).to(device)]
+    chosen = torch.from_numpy(rng.permutation(len(reference))[: config.pairs_per_batch]).to(device)
+    apart = apart[chosen]
     reference, query, delta = reference[chosen], query[chosen], delta[chosen]
 
     unit = t[reference, 2] * rho[reference]  # object radii in the reference's unit
@@ -223,12 +302,18 @@ def choose_pairs(
     count = len(chosen)
     sigma = np.radians(rng.uniform(*config.hypothesis_deg, count))
     noise = rng.normal(size=(count, 3)) * sigma[:, None]
-    wrong = rng.random(count) < config.wrong_share
-    axis = rng.normal(size=(count, 3))
-    axis /= np.linalg.norm(axis, axis=1, keepdims=True)
-    noise = np.where(wrong[:, None], axis * np.radians(rng.uniform(25, 120, (count, 1))), noise)
-    hypothesis = torch.from_numpy(exp(noise)).float().to(device) @ delta
-    return Truth(reference, query, pose, points, targets, visible, hypothesis, torch.from_numpy(wrong).to(device))
+    true = delta.double().cpu().numpy()
+    # Under a right hypothesis the query is aligned.
+    wrong = torch.from_numpy((rng.random(count) < config.wrong_share) | (np.abs(twist(true)) > _ASKEW)).to(device)
+    latents = templates.predictor.encode_pixels(batch.crops.flatten(0, 1))
+    likely = templates.wrong(latents, reference, query, delta)
+    unroll = np.zeros((count, 3))
+    unroll[:, 2] = twist(likely.double().cpu().numpy()) * rng.uniform(0.3, 1, count)  # as much roll as right ones have
+    spread = np.radians(4) * rng.normal(size=(count, 3))
+    noisy, guess = (torch.from_numpy(exp(one)).float().to(device) for one in (noise, spread - unroll))
+    hypothesis = torch.where(wrong[:, None, None], guess @ likely, noisy @ delta)
+    learned = ~wrong & (apart < np.radians(config.most_apart_deg))
+    return Truth(reference, query, pose, points, targets, visible, hypothesis, wrong, learned)
 
 
 def angle(R_a: Tensor, R_b: Tensor) -> Tensor:
@@ -239,18 +324,27 @@ def angle(R_a: Tensor, R_b: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A batch's loss, its parts for the log, and the pairs' errors (steps + 1, P), radians, with what was expected."""
+    """A batch's loss, its parts for the log, and the pairs' errors (steps + 1, P), radians, with what was expected.
+
+    ``support`` is (steps, P); ``learned`` and ``wrong`` as of ``Truth``.
+    """
 
     loss: Tensor
     parts: dict[str, float]
     errors: Tensor
     log_sigma: Tensor
+    support: Tensor
+    learned: Tensor
     wrong: Tensor
     known: Tensor
 
 
 def batch_loss(
-    network: CorrespondenceNetwork, batch: GroupBatch, config: CorrespondenceTraining, rng: Generator
+    network: CorrespondenceNetwork,
+    batch: GroupBatch,
+    config: CorrespondenceTraining,
+    rng: Generator,
+    templates: Templates,
 ) -> Outcome:
     """Loss of a batch."""
     crops = crops_to_tensor(batch.crops.flatten(0, 1)).contiguous(memory_format=torch.channels_last)
@@ -258,7 +352,7 @@ def batch_loss(
     z_true = batch.z.flatten(0, 1)[:, None]
     surface = z_true.isfinite() & (views.mask > 0.5)
     loss_z = (views.z - z_true.nan_to_num(0)).abs()[surface].mean()
-    truth = choose_pairs(batch, network.cells, config, rng, views.mask)
+    truth = choose_pairs(batch, network.cells, config, rng, views.mask, templates)
     points, valid, coarse = network.points(views)
     points, valid = points[truth.reference], valid[truth.reference]
     # With a mesh, depth is known. It also lets the rest be learned while depth is still bad.
@@ -271,9 +365,10 @@ def batch_loss(
     cosines = network.compare(reference, query)
     loss_match = _match_loss(cosines[0], truth)
     pose = RelativePose.of_rotation(truth.hypothesis)
-    right, visible = ~truth.wrong, truth.visible & ~truth.wrong[:, None]
+    right, visible = truth.learned, truth.visible & truth.learned[:, None]
     weight = visible.float() / visible.sum().clamp(min=1)
-    errors, expected = [angle(pose.R, truth.pose.R).detach()], []
+    errors, expected, support = [angle(pose.R, truth.pose.R).detach()], [], []
+    about_right, counts = (~truth.wrong).float(), templates.weights(truth.hypothesis, truth.wrong)
     loss = 2.0 * loss_z + 0.2 * loss_match
     parts = {"z": loss_z.item(), "match": loss_match.item()}
     for number in range(config.steps):
@@ -284,12 +379,14 @@ def batch_loss(
         loss_depth = ((off[..., 2] + deep) * weight).sum()
         error = angle(step.pose.R, truth.pose.R)
         expected.append(step.log_sigma.detach())
+        support.append(step.support.detach())
+        loss_support = F.binary_cross_entropy_with_logits(step.support, about_right, counts)
         # Laplace: sigma is the error to expect.
         loss_sigma = (step.log_sigma + error.detach() * (-step.log_sigma).exp()).mean()
         moved = (step.pose.shift - truth.pose.shift).norm(dim=1) + (step.pose.log_scale - truth.pose.log_scale).abs()
         loss_pose = ((4 * error + 2 * moved) * right).sum() / right.sum().clamp(min=1)
         late = 0.5 if number == 0 else 1.0
-        loss = loss + late * (2 * loss_flow + loss_depth + loss_pose + 0.1 * loss_sigma)
+        loss = loss + late * (2 * loss_flow + loss_depth + loss_pose + 0.1 * loss_sigma + 0.5 * loss_support)
         errors.append(error.detach())
         parts[f"flow{number}"] = loss_flow.item()
         parts[f"error{number}"] = float(np.degrees(error[right & ~known].median().item()))
@@ -297,8 +394,9 @@ def batch_loss(
         pose, points = step.pose.detach(), step.points.detach()
     parts["start"] = float(np.degrees(errors[0][right].median().item()))
     parts["moved"] = moved[right].median().item()
-    parts["sigma"] = loss_sigma.item()
-    return Outcome(loss, {"loss": loss.item(), **parts}, torch.stack(errors), torch.stack(expected), truth.wrong, known)
+    parts["sigma"], parts["support"] = loss_sigma.item(), loss_support.item()
+    told = torch.stack(errors), torch.stack(expected), torch.stack(support)
+    return Outcome(loss, {"loss": loss.item(), **parts}, *told, truth.learned, truth.wrong, known)
 
 
 def _match_loss(cosines: Tensor, truth: Truth, most: int = 1500) -> Tensor:
@@ -314,19 +412,25 @@ def _match_loss(cosines: Tensor, truth: Truth, most: int = 1500) -> Tensor:
 
 @torch.inference_mode()
 def validate(
-    network: CorrespondenceNetwork, batches: list[GroupBatch], config: CorrespondenceTraining
+    network: CorrespondenceNetwork, batches: list[GroupBatch], config: CorrespondenceTraining, templates: Templates
 ) -> dict[str, float]:
     """Errors on held-out objects."""
     network.eval()
-    outcomes = [batch_loss(network, batch, config, np.random.default_rng(n)) for n, batch in enumerate(batches)]
+    outcomes = [
+        batch_loss(network, batch, config, np.random.default_rng(n), templates) for n, batch in enumerate(batches)
+    ]
     network.train()
     row = {key: float(np.mean([one.parts[key] for one in outcomes])) for key in outcomes[0].parts}
-    errors = torch.cat([one.errors[:, ~one.wrong & ~one.known] for one in outcomes], dim=1).rad2deg()
+    errors = torch.cat([one.errors[:, one.learned & ~one.known] for one in outcomes], dim=1).rad2deg()
     row |= {f"median{n}": errors[n].median().item() for n in range(len(errors))}
     row["worse_by_2"] = (errors[-1] > errors[0] + 2).float().mean().item() * 100
     sigma = torch.cat([one.log_sigma[-1] for one in outcomes])
     final, wrong = torch.cat([one.errors[-1] for one in outcomes]), torch.cat([one.wrong for one in outcomes])
     row["sigma_right"], row["sigma_wrong"] = sigma[~wrong].mean().item(), sigma[wrong].mean().item()
+    for number in range(config.steps):
+        told = torch.cat([one.support[number] for one in outcomes])
+        # How often a right hypothesis has more support than a wrong one.
+        row[f"told_apart{number}"] = (told[~wrong][:, None] > told[wrong]).float().mean().item() * 100
     sure = sigma < sigma.median()
     row["median_sure_half"] = final[sure].median().rad2deg().item()
     return row
@@ -381,12 +485,15 @@ def train(config_path: Path, out: Path, overrides: dict[str, object] | None = No
     loader = DataLoader(
         dataset, batch_size=None, num_workers=config.workers, prefetch_factor=4 if config.workers else None
     )
-    dataset.close_share, dataset.close_deg = config.close_share, config.close_deg
     held_out = GroupDataset(config.data, config.augmentation, size, config.seed, validation=True)
+    for drawn in (dataset, held_out):
+        drawn.close_share, drawn.close_deg = config.close_share, config.close_deg
+        drawn.anywhere_share = config.anywhere_share
     validation = [held_out.batch(np.random.default_rng((1, n))) for n in range(config.validation_batches)]
     budget, last = config.budget_minutes * 60, time.monotonic()
     next_validation = spent + config.validate_minutes * 60
     running: list[dict[str, float]] = []
+    templates = Templates()
     _train_mode(network)
     for batch in loader:
         share = min(spent / budget, 1.0)
@@ -394,7 +501,7 @@ def train(config_path: Path, out: Path, overrides: dict[str, object] | None = No
         for group, factor in zip(optimizer.param_groups, (1.0, 1.0, 0.3, 0.3), strict=True):
             group["lr"] = max(rate * factor, 1e-6)
         with torch.autocast("cpu", torch.bfloat16):
-            outcome = batch_loss(network, batch, config, np.random.default_rng((config.seed, 2, step)))
+            outcome = batch_loss(network, batch, config, np.random.default_rng((config.seed, 2, step)), templates)
         optimizer.zero_grad(set_to_none=True)
         outcome.loss.backward()
         nn.utils.clip_grad_norm_(learned, 1.0)
@@ -415,7 +522,7 @@ def train(config_path: Path, out: Path, overrides: dict[str, object] | None = No
             with torch.autocast("cpu", torch.bfloat16):
                 averaged = average.module
                 assert isinstance(averaged, CorrespondenceNetwork)
-                row = validate(averaged, validation, config)
+                row = validate(averaged, validation, config, templates)
             _train_mode(network)
             _log(out, {"step": step, "minutes": spent / 60, **{f"val_{key}": value for key, value in row.items()}})
             last = time.monotonic()  # validation is not training time

@@ -2,12 +2,14 @@
 
     python -m nope_ros.training.trust --meshes ../shared/data/meshes/train
 
-The network says how large an error it expects. Below one threshold its offsets are taken, else below another its
-affine, else the templates' answer stays. Of all pairs of thresholds that make at most ``--harm`` of the queries worse
-by more than 2°, those are chosen whose answers are best: a degree of rotation counts as much as a hundredth of the
-distance. How large errors are beside the expected ones follows, for the covariance. Procedural objects are of seeds
-that neither training nor evaluation draws, meshes those that training holds out; test data have no part in it. The
-answers depend on the templates, so that this is run again when their weights change.
+The network says of each mode of the templates how likely it is the right one. That counts, beside the mode's own
+probability, as much as makes the right ones likeliest. It also says how large an error it expects. Below one threshold
+its offsets are taken, else below another its affine, else the mode stays as it is. Of all pairs of thresholds that make
+at most ``--harm`` of the queries worse by more than 2°, those are chosen whose answers are best: a degree of rotation
+counts as much as a hundredth of the distance. How large errors are beside the expected ones follows, for the
+covariance. Procedural objects are of seeds that neither training nor evaluation draws, meshes those that training holds
+out; test data have no part in it. The answers depend on the templates, so that this is run again when their weights
+change.
 """
 
 from __future__ import annotations
@@ -18,18 +20,21 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from scipy.optimize import minimize_scalar
+from scipy.special import logsumexp
 
-from nope_ros.correspondence import CORRESPONDENCE_WEIGHTS, CorrespondenceRefiner, CorrespondenceWeights, Trust
+from nope_ros.correspondence import CORRESPONDENCE_WEIGHTS, CorrespondenceRefiner, Trust
 from nope_ros.estimator import PoseEstimator
 from nope_ros.evaluation.meshes import MESH_SUFFIXES, mesh_set, procedural_set
 from nope_ros.evaluation.stages import HARM_DEG, Pair, judge_set
 from nope_ros.latent import CONFIG_FILE
-from nope_ros.prior import Prior
+from nope_ros.prior import PRIORS, Prior
 from nope_ros.training.pairs import DataConfig
 
 # Of procedural objects; evaluation begins at 0, tests are below 10.
@@ -111,6 +116,23 @@ def choose(pairs: Sequence[Pair], harm: float, *, offsets: bool = True, axes: in
     )
 
 
+def fit_support(pairs: Sequence[Pair]) -> float:
+    """What support counts: the weight under which the right ones of the compared modes are likeliest; at least 0."""
+    decided = [pair.compared for pair in pairs if pair.compared.right.any() and not pair.compared.right.all()]
+    if not decided:
+        return 0.0
+
+    def cost(weight: float) -> float:
+        total = 0.0
+        for one in decided:
+            score = one.log_mass + weight * one.support
+            total += float(logsumexp(score) - logsumexp(score[one.right]))
+        return total / len(decided)
+
+    found = minimize_scalar(cost, bounds=(0.0, 2.0), method="bounded")
+    return round(float(found.x), 2)
+
+
 def held_out(folder: Path) -> list[str]:
     """The meshes under a folder that training never sees: the same ones, by name, as of its cache."""
     names = sorted(
@@ -132,18 +154,18 @@ def gather(
     pairs: int,
     depth: bool = False,
     mesh_templates: bool = False,
+    within_deg: float = 90.0,
 ) -> list[Pair]:
     """Queries of held-out objects: meshes, and with references of one view as many procedural ones."""
     names = held_out(meshes)
     chosen = [names[n] for n in np.random.default_rng(0).permutation(len(names))[:count]]
     found = mesh_set(meshes, _SEED, protocols=(prior,), objects=chosen, references=1, pairs=pairs, depth=depth)
     folder = meshes if mesh_templates else None
-    judged = list(
-        judge_set(found, estimator, refiner, prior, mesh_folder=folder, depth=depth, settle=False, progress=True)
-    )
+    options: dict[str, Any] = {"depth": depth, "settle": False, "within_deg": within_deg, "progress": True}
+    judged = list(judge_set(found, estimator, refiner, prior, mesh_folder=folder, **options))
     if not mesh_templates:
         made = procedural_set(_SEED, protocols=(prior,), count=count, references=1, pairs=pairs, depth=depth)
-        judged += judge_set(made, estimator, refiner, prior, settle=False, progress=True)
+        judged += judge_set(made, estimator, refiner, prior, **options)
     return judged
 
 
@@ -162,14 +184,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     estimator = PoseEstimator.from_pretrained(given.predictor, device="cpu")
     refiner = CorrespondenceRefiner.from_pretrained(given.weights, device="cpu")
     size = {"count": given.count, "pairs": given.pairs}
+    # Which mode is taken decides what errors are beyond it, so that this comes first. Nobody knows then from how near a
+    # query is; where an object is seen from the other side, support misleads, and counts less for it.
+    anywhere = {**size, "within_deg": 180.0}
+    support = {
+        "with_image": [one for prior in PRIORS for one in gather(estimator, refiner, prior, given.meshes, **anywhere)],
+        "with_mesh": gather(estimator, refiner, "free", given.meshes, mesh_templates=True, **size),
+    }
+    counts = {name: fit_support(pairs) for name, pairs in support.items()}
+    refiner.weights = refiner.weights.model_copy(
+        update={
+            name: getattr(refiner.weights, name).model_copy(update={"support": one}) for name, one in counts.items()
+        }
+    )
     free = gather(estimator, refiner, "free", given.meshes, **size)
     standing = gather(estimator, refiner, "standing", given.meshes, **size)
+    meshes = gather(estimator, refiner, "free", given.meshes, mesh_templates=True, **size)
     found = {
         # Of one image offsets need gravity; the affine serves both, so that neither may be harmed.
         "with_image": choose(standing, given.harm, axes=1),
         "without gravity": choose(free, given.harm, offsets=False),
         "with_depth": choose(gather(estimator, refiner, "free", given.meshes, depth=True, **size), given.harm),
-        "with_mesh": choose(gather(estimator, refiner, "free", given.meshes, mesh_templates=True, **size), given.harm),
+        "with_mesh": choose(meshes, given.harm),
     }
     table = Table(title=f"{given.weights}", title_justify="left")
     for heading in ("", "queries", "offsets below", "affine below", "spread", "worse by 2°", "rotation", "translation"):
@@ -187,11 +223,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     console = Console()
     console.width = max(console.width, 120)
-    console.print(table)
+    console.print(table, f"support counts: {counts}")
     if given.dry_run:
         return
-    path = given.weights / CONFIG_FILE
-    old = CorrespondenceWeights.model_validate_json(path.read_text(encoding="utf-8"))
+    path, old = given.weights / CONFIG_FILE, refiner.weights
 
     def changed(trust: Trust, one: Chosen, affine_deg: float | None = None) -> Trust:
         affine = one.affine_deg if affine_deg is None else affine_deg
