@@ -65,6 +65,23 @@ def test_solving_brings_points_to_their_targets(seed: int) -> None:
     torch.testing.assert_close(kept.R, start.R)
 
 
+def test_geometry_is_exact_under_autocast() -> None:
+    """Networks run in bfloat16, of which a rotation keeps a quarter of a degree."""
+    rng = np.random.default_rng(0)
+    points, rho = torch.tensor(rng.uniform(-0.8, 0.8, (1, 80, 3))).float(), torch.tensor([0.2])
+    true = random_pose(rng, 0.5)
+    pose = RelativePose(true.R.float(), true.shift.float(), true.log_scale.float())
+    weights, damping = torch.ones(1, 80, 2), torch.full((1, 6), 1e-4)
+    start = RelativePose.of_rotation(pose.R @ torch.tensor(exp(np.array([[0.05, -0.03, 0.1]]))).float())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (points @ pose.R.mT).dtype == torch.bfloat16, "what it would be"
+        targets = project(points, pose, rho)
+        found, _ = solve(points, targets, weights, start, rho, damping, torch.eye(6))
+    torch.testing.assert_close(targets, project(points, pose, rho))
+    expected, _ = solve(points, targets, weights, start, rho, damping, torch.eye(6))
+    torch.testing.assert_close(found.R, expected.R)
+
+
 @settings(max_examples=25, deadline=None)
 @given(seeds)
 def test_an_affine_rolls_shifts_and_scales_only(seed: int) -> None:
