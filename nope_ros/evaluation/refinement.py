@@ -298,6 +298,9 @@ Written by `{command}`; predictor `{model}`, one CPU thread. Pairs are of viewin
 
 ## Reading them
 
+Correspondence compares the likeliest modes of the templates with the image and chooses among them: where single answers
+are often wrong, more of them are right. Within a mode it gains centre and scale, and under *standing* the turn.
+
 Synthesis climbs on the same likelihood that the templates sample, and the mean of the templates around the best one is
 below their grid already. A climb that gains little is as often wrong as right, so it is taken back, and most poses stay
 as they were. It is there for predictors whose grid is coarse; the node's default is `none`.
