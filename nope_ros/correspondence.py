@@ -393,8 +393,9 @@ class CorrespondenceRefiner:
         """What the network makes of an estimate's modes."""
         trust, crop = self._trust(registered), query.crop
         modes = [Mode(R, mode.probability) for R, mode in zip(estimate.mode_rotations, estimate.modes, strict=True)]
-        # What earlier frames chose is not chosen anew.
-        most = 1 if estimate.stage == "tracking" else trust.hypotheses
+        # What earlier frames chose, or views from all sides, one view does not choose anew.
+        settled = estimate.stage == "tracking" or registered.keyframes is not None
+        most = 1 if settled else trust.hypotheses
         tried = [mode for mode in modes[:most] if mode.probability > _LEAST_SHARE * modes[0].probability]
         hypotheses = [self._hypothesis(query, registered, mode) for mode in tried]
         rgba = np.dstack([crop.image, crop.mask])
