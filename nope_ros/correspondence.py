@@ -368,7 +368,7 @@ class CorrespondenceRefiner:
     ) -> Refined:
         """From virtual cameras to the estimate's: R (3, 3) and the view's centre (3,) to ``Refined``.
 
-        ``covariance`` is of R if its mode is the right one; None: the estimate's stays.
+        ``covariance`` is of R if its mode is the right one; None: as wide as the distribution around the mode.
         """
         R_virtual = constrained(R, estimate.prior, registered.gravity_virtual, query.gravity_virtual)
         R_camera_virtual = query.crop.R_virtual_camera.T

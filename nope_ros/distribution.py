@@ -110,6 +110,8 @@ class RotationDistribution:
             peaks: (M, 3, 3); a rotation within 30° belongs to the nearest of them, of others nothing new is known.
             log_weight: (M,) log of how much likelier the evidence is if that peak is right than if it is not.
         """
+        if not log_weight.any():
+            return self
         angles = _angles(peaks, self.rotations)
         weight = np.where(angles.min(axis=0) <= CONFIDENCE_RADIUS, log_weight[angles.argmin(axis=0)], 0.0)
         with np.errstate(divide="ignore"):

@@ -28,6 +28,7 @@ from nope_ros.latent import (
     find_vae,
     load_predictor,
 )
+from nope_ros.models.correspondence import in_full
 from nope_ros.models.rotated_latent import RotatedLatentConfig, RotatedLatentNetwork
 from nope_ros.models.rotation_regression import RotationRegression, RotationRegressionConfig
 from nope_ros.training.likelihood import Candidates, candidates, pose_loss, upright_loss
@@ -288,9 +289,10 @@ def samples_angle(samples: Candidates) -> NDArray[np.float64]:
     return angle
 
 
+@in_full
 def relative(R_query: Tensor, R_reference: Tensor) -> Tensor:
-    """R_query R_referenceᵀ (P, 3, 3), exactly: under autocast a matrix product would lose a quarter of a degree."""
-    return (R_query[:, :, None] * R_reference[:, None]).sum(-1)
+    """R_query R_referenceᵀ (P, 3, 3)."""
+    return R_query @ R_reference.mT
 
 
 class RegressionLearner(Learner):
