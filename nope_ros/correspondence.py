@@ -204,11 +204,6 @@ class CorrespondenceRefiner:
         self._views: OrderedDict[tuple[int, int], tuple[RegisteredObject, Views, Tensor | None]] = OrderedDict()
         self._lock = threading.Lock()
 
-    @property
-    def crop_size(self) -> int:
-        """Side of the crops it takes, pixels."""
-        return self.network.config.crop_size
-
     @classmethod
     def from_pretrained(cls, folder: str | Path | None = None, device: str | torch.device = "auto") -> Self:
         """Read weights; the packaged ones by default.
@@ -462,6 +457,10 @@ class CorrespondenceRefiner:
         return R, unroll @ np.array([x, y, z]) * unit
 
     def _view(self, rgba: NDArray[np.uint8], rho: float) -> Views:
+        size = self.network.config.crop_size
+        if rgba.shape[1] != size:  # the predictor has crops of another size
+            how = cv2.INTER_AREA if rgba.shape[1] > size else cv2.INTER_LINEAR
+            rgba = np.stack([np.asarray(cv2.resize(one, (size, size), interpolation=how), np.uint8) for one in rgba])
         crops = torch.from_numpy(np.ascontiguousarray(rgba)).permute(0, 3, 1, 2).to(self.device)
         pixels = crops_to_tensor(crops).contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
@@ -500,8 +499,10 @@ class CorrespondenceRefiner:
                 grid, rgba = rendered.depth[view], rendered.crops[view]
             found, depth = self._view(rgba[None], reference.angular_radius), None
             if grid is not None:
-                fine = torch.from_numpy(grid.astype(np.float32)).to(self.device)
-                along = 8 * len(fine) // self.crop_size  # of the grid, in one of the network's points
+                cells = self.network.config.crop_size // 8
+                along = max(len(grid) // cells, 1)  # of the grid, in one of the network's points
+                at = (np.arange(along * cells) + 0.5) * len(grid) // (along * cells)
+                fine = torch.from_numpy(grid[np.ix_(at.astype(int), at.astype(int))].astype(np.float32)).to(self.device)
                 depth = fine.unflatten(0, (-1, along)).unflatten(2, (-1, along)).nanmean(dim=(1, 3)).flatten()[None]
         with self._lock:
             self._views[key] = (registered, found, depth)  # the object too: while it is here, its id is its own

@@ -23,7 +23,7 @@ from nope_ros.match import Bank, HarmonicBank, common_latents, predict_bank
 from nope_ros.mesh import Progress, RenderedViews, read_mesh, render_views, view_rotations
 from nope_ros.pose import PoseEstimate, ReferencePose, pose_estimate
 from nope_ros.prior import Hypotheses, Prior, free_rotations, hypotheses, resolve, upright_rotations
-from nope_ros.refine import Query, Refinement, Refiner, Step, load_refiner, moved, steps
+from nope_ros.refine import DEFAULT_REFINEMENT, Query, Refinement, Refiner, Step, load_refiner, moved, steps
 from nope_ros.settle import Settling
 from nope_ros.stopwatch import stage
 from nope_ros.video import KEYFRAMES, Keyframes, Plan, Pose, Scale, Walk, plan_keyframes
@@ -196,7 +196,9 @@ class PoseEstimator:
         >>> pose.R_camera_object, pose.t_camera_object, pose.confidence
     """
 
-    def __init__(self, predictor: Predictor, batch_size: int = 1024, refinement: Refinement = "none") -> None:
+    def __init__(
+        self, predictor: Predictor, batch_size: int = 1024, refinement: Refinement = DEFAULT_REFINEMENT
+    ) -> None:
         self.predictor = predictor
         self.batch_size = batch_size
         self._last: RegisteredObject | None = None
@@ -211,7 +213,8 @@ class PoseEstimator:
         """What follows the templates: see ``nope_ros.refine``. May be changed at any time.
 
         Raises:
-            InputError: when set to what is unknown, or cannot be had with this predictor.
+            InputError: when set to what is unknown.
+            WeightsError: if its weights cannot be used.
         """
         return self._refinement
 
@@ -234,7 +237,7 @@ class PoseEstimator:
         *,
         device: str = "auto",
         batch_size: int = 1024,
-        refinement: Refinement = "none",
+        refinement: Refinement = DEFAULT_REFINEMENT,
     ) -> PoseEstimator:
         """Load weights: the packaged ones, or a folder or cached hub name.
 

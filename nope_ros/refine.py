@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 Array = NDArray[np.float64]
 Refinement = Literal["none", "correspondence", "synthesis", "both"]
+# What gained most on photographs at more than 10 Hz of a CPU (docs/correspondence.md).
+DEFAULT_REFINEMENT: Refinement = "correspondence"
 
 
 @dataclass(frozen=True)
@@ -143,18 +145,12 @@ def load_refiner(step: Step, predictor: Predictor) -> Refiner:
     """Make a refiner ready, for estimates by this predictor and on its device.
 
     Raises:
-        InputError: if it cannot be had with this predictor, or its weights cannot be used.
+        WeightsError: if its weights cannot be used.
     """
     if step == "correspondence":
         from nope_ros.correspondence import CorrespondenceRefiner
 
-        refiner = CorrespondenceRefiner.from_pretrained(device=predictor.device)
-        if refiner.crop_size != predictor.crop_size:
-            raise InputError(
-                f"refinement '{step}': takes crops of {refiner.crop_size} px, {predictor.name} has "
-                f"{predictor.crop_size} px; use 'none'"
-            )
-        return refiner
+        return CorrespondenceRefiner.from_pretrained(device=predictor.device)
     from nope_ros.synthesis import SynthesisRefiner
 
     return SynthesisRefiner()

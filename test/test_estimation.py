@@ -90,7 +90,9 @@ def test_what_was_chosen_is_refined(
     monkeypatch.setattr(estimator.predictor, "temperature", 1e-6)  # sure of itself, as a trained one is
     result, said = run(estimator, objects[:1], match(image, mask), Gravity(vector=DOWN), refinement="synthesis")
     assert [one.estimate.stage for one in result.seen] == ["synthesis"] and not said
-    result, _ = run(estimator, objects[:1], match(image, mask), Gravity(vector=DOWN))
+    result, said = run(estimator, objects[:1], match(image, mask), Gravity(vector=DOWN))
+    assert [one.estimate.stage for one in result.seen] == ["offsets"] and not said, "correspondence, by default"
+    result, _ = run(estimator, objects[:1], match(image, mask), Gravity(vector=DOWN), refinement="none")
     assert [one.estimate.stage for one in result.seen] == ["template"]
 
 
@@ -107,7 +109,8 @@ def test_objects_are_followed_if_the_parameters_say_so(
     def stages(stamp: float, **more: Any) -> tuple[list[str], list[str]]:
         frame = replace(match(image, mask), stamp=int(stamp * 1e9))
         said: list[str] = []
-        settings = replace(ANYTHING, **{"tracking_enabled": True, "tracking_fixed_frame": "odom", **more})
+        followed: dict[str, Any] = {"refinement": "none", "tracking_enabled": True, "tracking_fixed_frame": "odom"}
+        settings = replace(ANYTHING, **{**followed, **more})
         result = estimate(
             frame, objects[:1], estimator, settings, gravity, lambda text: said.append(str(text)), tracker
         )

@@ -41,7 +41,7 @@ def estimator():
     torch.manual_seed(0)
     network = RotatedLatentNetwork(RotatedLatentConfig(widths=(32, 32, 32), crop_size=64))
     # Untrained latents are tiny; this temperature makes their likelihood as sharp as a trained one's.
-    return PoseEstimator(RotatedLatentPredictor(network, temperature=1e-4))
+    return PoseEstimator(RotatedLatentPredictor(network, temperature=1e-4), refinement="none")
 
 
 @pytest.mark.parametrize("prior", ["free", "upright", "standing"])

@@ -25,6 +25,7 @@ from nope_ros.evaluation.baselines import (
     PAPER_FORM,
     REGRESSION,
     SIFT,
+    TEMPLATES_ALONE,
     EstimatorMethod,
     NoMotion,
     SiftEssential,
@@ -552,9 +553,9 @@ def test_the_report_has_the_figures_promised(photos, estimator, tmp_path):
             assert figures <= set(values[prior][subset])
             assert figures <= set(values[prior][subset]["object_mean"])
             assert figures <= set(values[prior]["objects"]["tripod"][subset])
-        assert set(values[prior]["baselines"]) == {CHANCE, NO_MOTION, SIFT}
+        assert set(values[prior]["baselines"]) == {CHANCE, NO_MOTION, SIFT, TEMPLATES_ALONE}
         assert values[prior]["baselines"][NO_MOTION]["all"]["nll"] is None
-    assert report.table(objects=True).row_count == 3 * 2 * (4 + 2)
+    assert report.table(objects=True).row_count == 3 * 2 * (5 + 2)
     from nope_ros.evaluation.pictures import write_pictures
 
     pictures = write_pictures(report, tmp_path / "pictures", photo_set(photos, references=2))

@@ -217,7 +217,9 @@ def test_status_for_people(node: NodeProcess, robot: Robot) -> None:
     seen = robot.wait(status, lambda message: "mug: seen" in message.data).data
     assert re.search(r"mug: seen \d+\.\d s ago at 0\.8\d m in 'camera_optical', confidence 0\.\d\d, \w+, trusted", seen)
     assert "/nope is active: untrained on cpu, gravity: none" in seen
-    assert re.search(r"crop \d+ / \d+, encode \d+ / \d+, match \d+ / \d+, pose \d+ / \d+, publish \d+ / \d+", seen)
+    assert re.search(
+        r"crop \d+ / \d+, encode \d+ / \d+, match \d+ / \d+, pose \d+ / \d+, refine \d+ / \d+, publish \d+ / \d+", seen
+    )
     robot.frame(image, mask[:50])
     robot.wait(status, lambda message: "wrong: mask: size 320x50" in message.data)
     robot.wait(status, lambda message: "nothing has come on /image for" in message.data)

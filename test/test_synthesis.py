@@ -15,7 +15,7 @@ from nope_ros.harmonics import generators, wigner_d
 from nope_ros.latent import PaperUNetPredictor, RotatedLatentPredictor
 from nope_ros.match import predict_bank
 from nope_ros.models.rotated_latent import RotatedLatentConfig, RotatedLatentNetwork, turned
-from nope_ros.refine import Refined, moved
+from nope_ros.refine import DEFAULT_REFINEMENT, Refined, moved
 from nope_ros.rotations import exp, geodesic_distance, log, look_at
 from nope_ros.synthesis import Freedom, HarmonicObjective, PredictedObjective, climb, objective, vote
 from nope_ros.training.procedural import procedural_object
@@ -236,7 +236,7 @@ def test_an_uninformative_distribution_is_left_alone(shipped):
 def test_unknown_refinements_are_refused(shipped):
     with pytest.raises(InputError, match=r"refinement 'best' is unknown; known: none, correspondence, synthesis, both"):
         shipped.refinement = "best"
-    assert shipped.refinement == "none"
+    assert shipped.refinement == DEFAULT_REFINEMENT
 
 
 def test_a_refiner_speaks_of_the_centre_and_the_pose_of_the_origin(shipped):

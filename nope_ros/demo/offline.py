@@ -26,7 +26,7 @@ from nope_ros.estimator import PoseEstimator
 from nope_ros.frame import Frame, InputError
 from nope_ros.pose import PoseEstimate
 from nope_ros.prior import PRIORS
-from nope_ros.refine import REFINEMENTS
+from nope_ros.refine import DEFAULT_REFINEMENT, REFINEMENTS
 from nope_ros.tracking import Tracker
 
 
@@ -60,7 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--prior", choices=PRIORS, help="what to assume; free keeps gravity back; default: by gravity")
     parser.add_argument("--weights", help="folder of weights; the packaged ones if it is left out")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (%(default)s)")
-    parser.add_argument("--refinement", default="none", choices=REFINEMENTS, help="after the templates (%(default)s)")
+    parser.add_argument(
+        "--refinement", default=DEFAULT_REFINEMENT, choices=REFINEMENTS, help="after the templates (%(default)s)"
+    )
     parser.add_argument("--tracking", action="store_true", help="follow the object over the frames, not each alone")
     parser.add_argument(
         "--camera-motion",

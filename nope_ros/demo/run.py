@@ -36,7 +36,7 @@ from nope_ros.demo.sequence import Moment, Recording, open_recording, packaged
 from nope_ros.distribution import Ambiguity
 from nope_ros.frame import Frame, InputError
 from nope_ros.prior import PRIORS
-from nope_ros.refine import REFINEMENTS
+from nope_ros.refine import DEFAULT_REFINEMENT, REFINEMENTS
 
 if TYPE_CHECKING:
     from nope_ros.demo.session import Answer, Run
@@ -424,7 +424,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", help="folder or bag; the bundled sequence if it is left out")
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder to write to (%(default)s)")
     parser.add_argument("--prior", choices=PRIORS, help="what to assume; free keeps gravity back; default: by gravity")
-    parser.add_argument("--refinement", default="none", choices=REFINEMENTS, help="after the templates (%(default)s)")
+    parser.add_argument(
+        "--refinement", default=DEFAULT_REFINEMENT, choices=REFINEMENTS, help="after the templates (%(default)s)"
+    )
     parser.add_argument("--tracking", action="store_true", help="follow the object over the frames, not each alone")
     parser.add_argument("--weights", default="", help="folder of weights; the packaged ones if it is left out")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (%(default)s)")

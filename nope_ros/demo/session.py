@@ -38,7 +38,7 @@ from nope_ros.msg import ObjectPose, ObjectPoseArray, PoseDistribution
 from nope_ros.node import messages, topics
 from nope_ros.node.bagfile import Recorded
 from nope_ros.prior import Prior
-from nope_ros.refine import Refinement
+from nope_ros.refine import DEFAULT_REFINEMENT, Refinement
 from nope_ros.srv import RegisterObject
 
 NODE = "/nope"
@@ -79,7 +79,7 @@ class Options:
     device: str = "auto"
     threads: int = 0
     reference_distance: float | None = None
-    refinement: Refinement = "none"
+    refinement: Refinement = DEFAULT_REFINEMENT
     tracking: bool = False
     fixed_frame: str = ""
     gravity_frame: str = ""

@@ -20,6 +20,7 @@ from nope_ros.frame import Frame, InputError
 from nope_ros.latent import PaperUNetPredictor, crops_to_tensor, load_predictor, resolve_device
 from nope_ros.match import Bank, predict_bank
 from nope_ros.models.rotation_regression import RotationRegression
+from nope_ros.pose import PoseEstimate
 from nope_ros.prior import Hypotheses, Prior, hypotheses
 from nope_ros.rotations import rotation_grid, turn_to
 
@@ -29,6 +30,7 @@ OURS = "nope_ros"
 CHANCE = "chance"
 NO_MOTION = "no motion"
 SIFT = "SIFT"
+TEMPLATES_ALONE = "ours, templates alone"
 GRID_ONLY = "ours, grid rotation only"
 NOT_TURNED = "ours, crop not turned back"
 BOX_FOR_MASK = "ours, box for a mask"
@@ -41,6 +43,9 @@ class EstimatorMethod:
     """The product itself, through the calls its users make.
 
     What it said last is kept, for methods that only change the answer and are asked right after it.
+
+    Attributes:
+        matched: the last answers as they were before refinement.
     """
 
     def __init__(self, estimator: PoseEstimator, name: str = OURS) -> None:
@@ -48,6 +53,7 @@ class EstimatorMethod:
         self.estimator = estimator
         self._registered: tuple[Observation, Any] | None = None
         self._answered: tuple[Observation, Prior, list[Any], list[Answer]] | None = None
+        self.matched: list[Answer] = []
 
     def register(self, reference: Observation, R_camera_object: Array, t_camera_object: Array) -> Any:
         """Templates of the reference."""
@@ -66,12 +72,34 @@ class EstimatorMethod:
         last = self._answered
         same = last is not None and last[0] is query and last[1] == prior and len(last[2]) == len(registered)
         if last is None or not same or any(a is not b for a, b in zip(last[2], registered, strict=True)):
-            estimates = self.estimator.estimate_frame(
-                query.frame, registered, prior=prior, gravity_camera=query.gravity_camera
-            )
-            answers = [Answer(one.delta_R, one.distribution, one.t_camera_object, one.confidence) for one in estimates]
-            self._answered = last = query, prior, list(registered), answers
+            seen = self.estimator.look(query.frame, query.gravity_camera)
+            matched = [self.estimator.match(seen, one, prior) for one in registered]
+            refined = [self.estimator.refine(seen, one, at) for one, at in zip(registered, matched, strict=True)]
+            self.matched = [_answer(one) for one in matched]
+            self._answered = last = query, prior, list(registered), [_answer(one) for one in refined]
         return last[3]
+
+
+def _answer(estimate: PoseEstimate) -> Answer:
+    return Answer(estimate.delta_R, estimate.distribution, estimate.t_camera_object, estimate.confidence)
+
+
+class TemplatesAlone:
+    """Ours without refinement."""
+
+    name = TEMPLATES_ALONE
+
+    def __init__(self, ours: EstimatorMethod) -> None:
+        self.ours = ours
+
+    def register(self, reference: Observation, R_camera_object: Array, t_camera_object: Array) -> Any:
+        """As ours."""
+        return self.ours.register(reference, R_camera_object, t_camera_object)
+
+    def estimate(self, registered: list[Any], query: Observation, prior: Prior) -> list[Answer]:
+        """Ours, as it was before."""
+        self.ours.estimate(registered, query, prior)
+        return self.ours.matched
 
 
 class GridOnly:

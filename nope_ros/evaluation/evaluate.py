@@ -34,6 +34,7 @@ from nope_ros.evaluation.baselines import (
     PaperForm,
     RegressionMethod,
     SiftEssential,
+    TemplatesAlone,
 )
 from nope_ros.evaluation.metrics import PairScore, Scores, calibration
 from nope_ros.evaluation.protocol import (
@@ -49,7 +50,7 @@ from nope_ros.evaluation.protocol import (
 from nope_ros.evaluation.walk import WalkReport, evaluate_walks
 from nope_ros.frame import Frame, InputError
 from nope_ros.prior import PRIORS, Prior
-from nope_ros.refine import REFINEMENTS, Refinement
+from nope_ros.refine import DEFAULT_REFINEMENT, REFINEMENTS, Refinement
 from nope_ros.video import KEYFRAMES
 
 Array = NDArray[np.float64]
@@ -370,9 +371,11 @@ def _angle(R_a: Array, R_b: Array) -> float:
 def methods_for(
     estimator: PoseEstimator, *, baselines: bool = False, ablations: bool = False, seed: int = 0
 ) -> list[Method]:
-    """Ours; with ``ablations``, ours with a part removed; with ``baselines``, what needs no training."""
+    """Ours, and without what refines it; with ``ablations``, without other parts; with ``baselines``, the untrained."""
     ours = EstimatorMethod(estimator)
     methods: list[Method] = [ours]
+    if estimator.refinement != "none":
+        methods.append(TemplatesAlone(ours))
     if ablations:
         methods += [GridOnly(ours), NotTurnedBack(ours), BoxForMask(estimator), NoPrior(estimator)]
     if baselines:
@@ -543,7 +546,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )
         kind.add_argument("--predictor", help="folder of weights; the packaged ones by default")
         kind.add_argument("--device", default="auto", help="auto, cpu, cuda (%(default)s)")
-        kind.add_argument("--refinement", default="none", choices=REFINEMENTS, help="after the templates (%(default)s)")
+        kind.add_argument(
+            "--refinement", default=DEFAULT_REFINEMENT, choices=REFINEMENTS, help="after the templates (%(default)s)"
+        )
         kind.add_argument("--pairs", type=int, help="most pairs of an object")
         kind.add_argument(
             "--seed", type=int, action="append", help="may be given several times: all pairs count then (0)"

@@ -26,12 +26,13 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from nope_ros.evaluation.baselines import TEMPLATES_ALONE
 from nope_ros.evaluation.benchmark import BUSY
 from nope_ros.evaluation.protocol import EvaluationSet
 from nope_ros.frame import InputError
 from nope_ros.latent import CONFIG_FILE, find_weights, read_config
 from nope_ros.prior import PRIORS, Prior
-from nope_ros.refine import REFINEMENTS, Refinement
+from nope_ros.refine import DEFAULT_REFINEMENT, REFINEMENTS, Refinement
 
 _CREDITS = {
     "pybullet_urdf_models": "Objects: `pybullet_urdf_models` (MIT; about 20 of them are from YCB, CC BY 4.0).",
@@ -305,7 +306,8 @@ def _section(
     for subset, title in (("within_90", "within 90°"), ("all", "all pairs")):
         rows = []
         for prior in tested.protocols:
-            shown = dict(list(_methods(ours, prior, "**nope_ros**"))[:1])
+            mine = dict(_methods(ours, prior, "**nope_ros**"))
+            shown = {name: mine[name] for name in ("**nope_ros**", TEMPLATES_ALONE) if name in mine}
             for other in others:
                 shown |= dict(_methods(other, prior, ""))
             for place, (name, figures) in enumerate(shown.items()):
@@ -477,13 +479,13 @@ def _speed(speed: dict[str, Any]) -> Iterator[str]:
         ["encoding one image", *cells(paper["encode"]), *cells(ours["encode"])],
         [f"matching {paper['templates']}", *cells(paper["match"]), *cells(ours["match_341"])],
         [f"matching {ours['free_rotations']}", "", "", *cells(ours["match_free"])],
-        [
-            "image to pose, p50 / p95",
-            "",
-            "",
-            f"{speed['image_to_rotation_ms']['p50']:.3g} / {speed['image_to_rotation_ms']['p95']:.3g} ms",
-            "",
-        ],
+        *(
+            [f"{what}, p50 / p95", "", "", f"{speed[key]['p50']:.3g} / {speed[key]['p95']:.3g} ms", ""]
+            for what, key in (
+                ("image to rotation, templates alone", "image_to_rotation_ms"),
+                ("image to refined pose", "image_to_pose_ms"),
+            )
+        ),
         [
             "held for one object",
             f"{paper['object_megabytes']:.1f} MB",
@@ -585,7 +587,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--procedural", type=int, default=40, metavar="N", help="procedural objects (%(default)s)")
     parser.add_argument("--predictor", help="folder of weights; the packaged ones by default")
-    parser.add_argument("--refinement", default="none", choices=REFINEMENTS, help="of ours (%(default)s)")
+    parser.add_argument("--refinement", default=DEFAULT_REFINEMENT, choices=REFINEMENTS, help="of ours (%(default)s)")
     parser.add_argument("--regression-weights", type=Path, metavar="DIR", help="add rotation regression")
     parser.add_argument("--unet-weights", type=Path, metavar="DIR", help="add NOPE's paper form; takes long, but once")
     parser.add_argument("--pairs", type=int, default=20, help="most pairs of a rendered object (%(default)s)")

@@ -98,7 +98,10 @@ def load_estimator(settings: Settings) -> PoseEstimator:
     """
     use_threads(settings.threads)
     return PoseEstimator.from_pretrained(
-        settings.weights or None, device=settings.device, batch_size=settings.batch_size
+        settings.weights or None,
+        device=settings.device,
+        batch_size=settings.batch_size,
+        refinement=settings.refinement,
     )
 
 

@@ -102,8 +102,12 @@ class NopeNode(LifecycleNode):
         self._finished = False
         self.add_on_set_parameters_callback(self._check_parameters)
         self._session: Session | None = None
-        parameters.declare(self)
-        self._settings = parameters.read(self)
+        try:
+            parameters.declare(self)
+            self._settings = parameters.read(self)
+        except ParameterException:
+            self.destroy_node()  # one that outlives ROS's shutdown has ended the process with a segmentation fault
+            raise
         self.add_post_set_parameters_callback(self._use_parameters)
 
         self._complain = Complaints(self.get_logger().warning)

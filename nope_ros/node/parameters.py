@@ -16,7 +16,7 @@ from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescri
 
 from nope_ros.frame import InputError
 from nope_ros.prior import PRIORS
-from nope_ros.refine import REFINEMENTS, Refinement
+from nope_ros.refine import DEFAULT_REFINEMENT, REFINEMENTS, Refinement
 
 if TYPE_CHECKING:
     from rclpy.node import Node
@@ -178,9 +178,10 @@ class Settings:
         choices=("auto", *PRIORS),
     )
     refinement: Refinement = _parameter(  # noqa: RUF009  (it makes a dataclass field)
-        "none",
-        "What follows the templates, for poses finer than their grid. none: nothing. correspondence: matched image "
-        "points. synthesis: a climb on the likelihood. both: one after the other.",
+        DEFAULT_REFINEMENT,
+        "What follows the templates, for poses finer than their grid. none: nothing, the fastest. correspondence: "
+        "matched image points, which also choose among the templates' modes. synthesis: a climb on the likelihood. "
+        "both: one after the other.",
         choices=REFINEMENTS,
     )
     tracking_enabled: bool = _parameter(
