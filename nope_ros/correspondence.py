@@ -388,9 +388,8 @@ class CorrespondenceRefiner:
         """What the network makes of an estimate's modes."""
         trust, crop = self._trust(registered), query.crop
         modes = [Mode(R, mode.probability) for R, mode in zip(estimate.mode_rotations, estimate.modes, strict=True)]
-        # What earlier frames chose, or views from all sides, one view does not choose anew.
-        settled = estimate.stage == "tracking" or registered.keyframes is not None
-        most = 1 if settled else trust.hypotheses
+        # What earlier frames chose, one frame does not choose anew.
+        most = 1 if estimate.stage == "tracking" else trust.hypotheses
         tried = [mode for mode in modes[:most] if mode.probability > _LEAST_SHARE * modes[0].probability]
         hypotheses = [self._hypothesis(query, registered, mode) for mode in tried]
         rgba = np.dstack([crop.image, crop.mask])
@@ -479,24 +478,22 @@ class CorrespondenceRefiner:
             (3, 3) from the reference's virtual camera to the view's, the reference with that view's size and centre,
             the view, and (1, N) the depth of its points if it is known.
         """
-        rendered = registered.rendered
-        if rendered is None:
+        rendered, sides = registered.rendered, registered.sides
+        if sides is None:
             view, R_view, reference = -1, np.eye(3), registered.reference
         else:
             R_reference = registered.R_virtual_camera @ registered.reference.R_camera_object
-            view = int(rendered.nearest((R_virtual @ R_reference)[None])[0])
-            R_view = rendered.R[view] @ R_reference.T
-            reference = rendered.reference_at(rendered.R[view], registered.reference)
+            view = int(sides.nearest((R_virtual @ R_reference)[None])[0])
+            R_view = sides.R[view] @ R_reference.T
+            reference = sides.reference_at(view, registered.reference)
         key = (id(registered), view)
         with self._lock:
             if key in self._views:
                 self._views.move_to_end(key)
                 return R_view, reference, *self._views[key][1:]
         with torch.inference_mode():
-            if rendered is None:
-                grid, rgba = registered.depth, np.dstack([registered.thumbnail, registered.mask])
-            else:
-                grid, rgba = rendered.depth[view], rendered.crops[view]
+            grid = registered.depth if rendered is None else rendered.depth[view]
+            rgba = np.dstack([registered.thumbnail, registered.mask]) if sides is None else sides.crops[view]
             found, depth = self._view(rgba[None], reference.angular_radius), None
             if grid is not None:
                 cells = self.network.config.crop_size // 8

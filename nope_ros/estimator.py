@@ -21,7 +21,7 @@ from nope_ros.frame import Camera, Frame, InputError
 from nope_ros.latent import Predictor, RotatedLatentPredictor, load_predictor
 from nope_ros.match import Bank, HarmonicBank, common_latents, predict_bank
 from nope_ros.mesh import Progress, RenderedViews, read_mesh, render_views, view_rotations
-from nope_ros.pose import PoseEstimate, ReferencePose, pose_estimate
+from nope_ros.pose import PoseEstimate, ReferencePose, Sides, pose_estimate
 from nope_ros.prior import Hypotheses, Prior, free_rotations, hypotheses, resolve, upright_rotations
 from nope_ros.refine import DEFAULT_REFINEMENT, Query, Refinement, Refiner, Step, load_refiner, moved, steps
 from nope_ros.settle import Settling
@@ -109,15 +109,35 @@ class RegisteredObject:
     def reference_at(self, delta_R: Array, R_virtual_camera: Array) -> ReferencePose:
         """The reference for a query that sees the object turned by ``delta_R`` (3, 3), camera axes.
 
-        With a mesh its size and centre are known from every side; from one image, from that side only.
+        With a mesh, or from a walk, its size and centre are known from every side; from one image, from that side only.
 
         Args:
             delta_R: from the reference.
             R_virtual_camera: (3, 3) of the query's crop.
         """
-        if self.rendered is None:
+        sides = self.sides
+        if sides is None:
             return self.reference
-        return self.rendered.reference_at(R_virtual_camera @ delta_R @ self.reference.R_camera_object, self.reference)
+        R_virtual_object = R_virtual_camera @ delta_R @ self.reference.R_camera_object
+        return sides.reference_at(int(sides.nearest(R_virtual_object[None])[0]), self.reference)
+
+    @property
+    def sides(self) -> Sides | None:
+        """What is known of it from several sides: of its mesh, or of the walk around it; None of one reference view."""
+        if self.rendered is not None:
+            return self.rendered
+        return None if self.keyframes is None else self.keyframes.sides
+
+    def turned(self, delta_R: Array, R_virtual_camera: Array) -> float:
+        """Angle between the direction of view of a query and the nearest from which the object is known, radians.
+
+        Arguments as of ``reference_at``.
+        """
+        known = (self.R_virtual_camera @ self.reference.R_camera_object)[None]
+        if self.sides is not None:
+            known = self.sides.R
+        direction = (R_virtual_camera @ delta_R @ self.reference.R_camera_object)[2]
+        return float(np.arccos(np.clip((known[:, 2] @ direction).max(), -1, 1)))
 
     @property
     def template_count(self) -> int:
@@ -174,15 +194,16 @@ class RegisteredObject:
         self, query: Query, distribution: RotationDistribution, similarity: float, prior: Prior
     ) -> PoseEstimate:
         """The pose that a distribution of delta_R in camera axes means in a query."""
+        R_virtual_camera = query.crop.R_virtual_camera
         return pose_estimate(
             self.object_id,
-            self.reference_at(distribution.mode.R, query.crop.R_virtual_camera),
+            self.reference_at(distribution.mode.R, R_virtual_camera),
             query.crop,
             distribution,
             similarity,
             prior,
             query.frame,
-            all_sides=self.rendered is not None,
+            turned=self.turned(distribution.mode.R, R_virtual_camera),
         )
 
 
@@ -452,9 +473,13 @@ class PoseEstimator:
             unit = reference.distance * reference.angular_radius
         else:
             unit = float(np.linalg.norm(reference.t_camera_object) / np.linalg.norm(plan.t_camera_object))
+        seen = plan.keyframes.sides
+        assert seen is not None
         chosen = replace(
             plan.keyframes,
             hull=unit * plan.keyframes.hull,
+            distance=unit * seen.distance,
+            offset_object=unit * seen.offset_object,
             provenance=replace(plan.keyframes.provenance, scale=scale),
         )
         crop = plan.views[0].crop

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +22,7 @@ from nope_ros.crop import Crop, depth_through, virtual_crop
 from nope_ros.frame import Frame, InputError
 from nope_ros.latent import Predictor, RotatedLatentPredictor
 from nope_ros.match import TemplateBank
-from nope_ros.pose import ReferencePose
+from nope_ros.pose import Sides
 from nope_ros.rotations import icosphere, look_at, turn_to
 
 if TYPE_CHECKING:  # needs numba and trimesh, which whoever has no mesh can do without
@@ -42,36 +41,17 @@ _ENCODED_AT_A_TIME = 32  # others may encode in between
 
 
 @dataclass(frozen=True)
-class RenderedViews:
-    """Renders of a mesh from all around.
+class RenderedViews(Sides):
+    """Renders of a mesh from all around; lengths are metres.
 
     Attributes:
-        R: (V, 3, 3) R_virtual_object of each view.
         latents: (V, D).
-        crops: (V, S, S, 4) uint8, RGB black outside the mask and the mask.
         depth: (V, S/4, S/4) float16 depth of the surface behind the circle's centre, in units of the circle's radius
             there; NaN where there is none.
-        distance: (V,) metres from the camera to the circle's centre.
-        angular_radius: (V,) tangent of half the angle under which the circle is seen.
-        offset_object: (V, 3) metres from the circle's centre to the mesh's origin, object frame.
     """
 
-    R: Array
     latents: Tensor
-    crops: NDArray[np.uint8]
     depth: NDArray[np.float16]
-    distance: Array
-    angular_radius: Array
-    offset_object: Array
-
-    @cached_property
-    def _directions(self) -> Array:
-        return self.R[:, 2]
-
-    def nearest(self, R_virtual_object: Array) -> NDArray[np.intp]:
-        """Indices (N,) of the views with the nearest direction of view to rotations (N, 3, 3)."""
-        found: NDArray[np.intp] = np.argmax(R_virtual_object[:, 2] @ self._directions.T, axis=1)
-        return found
 
     def bank(self, predictor: Predictor, rotations: Array, R_reference: Array) -> TemplateBank:
         """Templates at rotations (N, 3, 3) from the reference, whose own rotation is ``R_reference`` (3, 3)."""
@@ -90,16 +70,6 @@ class RenderedViews:
         if isinstance(predictor, RotatedLatentPredictor):
             identities = self.latents[:, : predictor.latent_shape[1]]
         return TemplateBank(rotations, templates, squared_norms, identities)
-
-    def reference_at(self, R_virtual_object: Array, reference: ReferencePose) -> ReferencePose:
-        """The object's reference, with the size and the centre that it has from this side."""
-        view = int(self.nearest(R_virtual_object[None])[0])
-        return replace(
-            reference,
-            distance=float(self.distance[view]),
-            angular_radius=float(self.angular_radius[view]),
-            offset_object=self.offset_object[view],
-        )
 
 
 def read_mesh(path: str | Path, *, object_diameter: float | None = None) -> Mesh:
@@ -220,4 +190,4 @@ def render_views(
     if not parts:
         raise InputError("mesh_file: nothing of the mesh can be seen; is it a single line?")
     R, crops, depth, distance, angular_radius, offset_object = (np.stack([part[n] for part in parts]) for n in range(6))
-    return RenderedViews(R, torch.cat(latents), crops, depth, distance, angular_radius, offset_object)
+    return RenderedViews(R, crops, distance, angular_radius, offset_object, torch.cat(latents), depth)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -23,8 +23,6 @@ Stage = Literal["template", "tracking", "affine", "offsets", "depth", "synthesis
 _SIZE_SIGMA = 0.10
 _CENTRE_SIGMA = 0.09
 _SATURATION = np.radians(60)
-# Of a mesh the outline is known from all sides; this far from the nearest of its views at most, about.
-_NEAREST_VIEW = np.radians(10)
 # With depth the centre is this share of the object's radius behind the surface that is seen, and that errs by so much
 # (on renders of objects seen from two sides; the share of the mask's box that is rim).
 _BEHIND, _BEHIND_SIGMA, _RIM = 0.5, 0.2, 0.06
@@ -91,6 +89,39 @@ class PoseEstimate:
     def ambiguity(self) -> Ambiguity:
         """The kind of answer the distribution is."""
         return self.distribution.ambiguity
+
+
+@dataclass(frozen=True)
+class Sides:
+    """An object as it was seen from several sides: what it looks like there, how large it is, and where its centre.
+
+    Attributes:
+        R: (V, 3, 3) R_virtual_object of each view.
+        crops: (V, S, S, 4) uint8, RGB black outside the mask and the mask.
+        distance: (V,) from the camera to the circle's centre, in the unit of the object's poses.
+        angular_radius: (V,) tangent of half the angle under which the circle is seen.
+        offset_object: (V, 3) from the circle's centre to the object's origin, object frame.
+    """
+
+    R: Array
+    crops: NDArray[np.uint8]
+    distance: Array
+    angular_radius: Array
+    offset_object: Array
+
+    def nearest(self, R_virtual_object: Array) -> NDArray[np.intp]:
+        """Indices (N,) of the views with the nearest direction of view to rotations (N, 3, 3)."""
+        found: NDArray[np.intp] = np.argmax(R_virtual_object[:, 2] @ self.R[:, 2].T, axis=1)
+        return found
+
+    def reference_at(self, view: int, reference: ReferencePose) -> ReferencePose:
+        """The object's reference, with the size and the centre that it has in a view."""
+        return replace(
+            reference,
+            distance=float(self.distance[view]),
+            angular_radius=float(self.angular_radius[view]),
+            offset_object=self.offset_object[view],
+        )
 
 
 @dataclass(frozen=True)
@@ -205,7 +236,7 @@ def pose_estimate(
     prior: Prior,
     frame: Frame,
     *,
-    all_sides: bool = False,
+    turned: float,
 ) -> PoseEstimate:
     """Put rotation, translation and their spread together.
 
@@ -220,15 +251,14 @@ def pose_estimate(
         similarity: see ``PoseEstimate``.
         prior: the one used.
         frame: the query's.
-        all_sides: whether the reference is the object as it looks from about this side, as of a mesh.
+        turned: angle between the directions of view of the reference and of the query, radians.
     """
     axis = crop.R_virtual_camera[2]
     distance = projective_distance(reference, crop)
     delta_R = distribution.mode.R
     # How far the outline may mislead: not at all when nothing turned, fully beyond 60°. In-plane rotation does not
     # change an outline, so only the turn of the viewing direction counts.
-    turn = np.arccos(np.clip((crop.R_virtual_camera @ delta_R @ crop.R_virtual_camera.T)[2, 2], -1, 1))
-    share = min((min(turn, _NEAREST_VIEW) if all_sides else turn) / _SATURATION, 1.0)
+    share = min(turned / _SATURATION, 1.0)
     radius_px = crop.angular_radius * crop.K_virtual[0, 0]
     outline = _OUTLINE_SIGMA / max(radius_px, 1.0)
     sigma_distance = distance * np.hypot(_SIZE_SIGMA * share, outline)

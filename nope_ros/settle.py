@@ -149,7 +149,7 @@ def model_of(registered: RegisteredObject, R_virtual_object: Array) -> Model | N
     views: list[tuple[NDArray[np.float16], Array, ReferencePose]] = []
     if rendered is not None:
         nearest = np.argsort(-rendered.R[:, 2] @ R_virtual_object[2])[:_VIEWS]
-        views = [(rendered.depth[v], rendered.R[v], rendered.reference_at(rendered.R[v], reference)) for v in nearest]
+        views = [(rendered.depth[v], rendered.R[v], rendered.reference_at(int(v), reference)) for v in nearest]
     elif registered.depth is not None:
         views = [(registered.depth, registered.R_virtual_camera @ reference.R_camera_object, reference)]
     points, normals = np.zeros((0, 3)), np.zeros((0, 3))

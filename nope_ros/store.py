@@ -31,7 +31,13 @@ from nope_ros.video import Keyframes, Provenance
 
 _FORMAT_VERSION = "1"
 _KEYFRAME_ARRAYS = ("R_virtual_object", "R_camera_object", "R_fixed_object", "t_fixed_object", "hull")
-_OPTIONAL_KEYFRAME_ARRAYS = ("crops", "seen_at")  # which older files lack
+_OPTIONAL_KEYFRAME_ARRAYS = (
+    "crops",
+    "seen_at",
+    "distance",
+    "angular_radius",
+    "offset_object",
+)  # which older files lack
 _SUFFIX = ".object.safetensors"
 _SAFE_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,62}")
 # An object takes a megabyte, with a mesh ten; a larger file is not one of ours and is not read into memory.

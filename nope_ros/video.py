@@ -32,7 +32,7 @@ from nope_ros.harmonics import rotate, wigner_d
 from nope_ros.latent import Predictor, RotatedLatentPredictor
 from nope_ros.match import ViewsBank, free_turns, view_weights
 from nope_ros.models.rotated_latent import correlation, flatten_d
-from nope_ros.pose import distance_from_depth
+from nope_ros.pose import Sides, distance_from_depth
 from nope_ros.prior import free_rotations, standing_rotations
 from nope_ros.rotations import exp, geodesic_distance, icosphere, turn_to
 
@@ -249,6 +249,9 @@ class Keyframes:
         normalised: how keyframes are compared with each other, see ``ViewsBank``.
         crops: (K, S, S, 4) uint8 RGB and mask, for other networks to look at; None in older files.
         seen_at: (K, 162, 2) pixels of the crops at which the hull's points are seen, NaN where hidden; or None.
+        distance: (K,) as of ``Sides``, as are the next two; None in older files.
+        angular_radius: (K,).
+        offset_object: (K, 3).
     """
 
     names: tuple[str, ...]
@@ -264,6 +267,16 @@ class Keyframes:
     normalised: float = 1.0
     crops: NDArray[np.uint8] | None = None
     seen_at: NDArray[np.float32] | None = None
+    distance: Array | None = None
+    angular_radius: Array | None = None
+    offset_object: Array | None = None
+
+    @property
+    def sides(self) -> Sides | None:
+        """What the object is from each keyframe's side; None of older files."""
+        if self.crops is None or self.distance is None or self.angular_radius is None or self.offset_object is None:
+            return None
+        return Sides(self.R_virtual_object, self.crops, self.distance, self.angular_radius, self.offset_object)
 
     @property
     def directions(self) -> Array:
@@ -371,11 +384,11 @@ def plan_keyframes(
     if given:
         translations = np.stack([_pose(view)[1] for view in views]) + rotations @ origin
         t = translations[0]
-        distances = np.array(
-            [view.crop.R_virtual_camera[2] @ one for view, one in zip(views, translations, strict=True)]
-        )
+        distances = (axes * translations).sum(axis=1)
         radius = float(np.median(distances * [view.crop.angular_radius for view in views]))
     hull = outline_radii(views, R_camera_object, translations)
+    distance = (axes * translations).sum(axis=1)
+    from_circle = translations - distance[:, None] * axes  # to the origin, camera axes
     provenance = Provenance(
         poses="given" if given else "estimated",
         up=how,
@@ -402,6 +415,9 @@ def plan_keyframes(
         refused=tuple(refused),
         crops=np.stack([np.dstack([view.crop.image, view.crop.mask]) for view in views]),
         seen_at=hull_pixels(views, R_camera_object, translations, hull),
+        distance=distance,
+        angular_radius=np.array([view.crop.angular_radius for view in views]),
+        offset_object=np.einsum("kji,kj->ki", R_camera_object, from_circle),
     )
     return Plan(keyframes, tuple(views), R_camera_object[0], t, radius, how != "image")
 

@@ -590,6 +590,9 @@ def add_walk_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--protocol", action="append", choices=(*PRIORS, "all"), help="may be repeated (all)")
     parser.add_argument("--queries", type=int, help="most queries of an object")
+    parser.add_argument(
+        "--refinement", default=DEFAULT_REFINEMENT, choices=REFINEMENTS, help="after the templates (%(default)s)"
+    )
     parser.add_argument("--objects", type=lambda text: text.split(","), metavar="A,B,...", help="those to use")
     parser.add_argument("--predictor", help="folder of weights; the packaged ones by default")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda (%(default)s)")
@@ -622,7 +625,7 @@ def run_walks(args: argparse.Namespace, progress: bool = True) -> WalkReport:
         found = mesh_set(args.dir, args.seed, protocols=protocols, objects=args.objects, views=views, cache=args.cache)
     return evaluate_walks(
         found,
-        PoseEstimator.from_pretrained(args.predictor, device=args.device),
+        PoseEstimator.from_pretrained(args.predictor, device=args.device, refinement=args.refinement),
         protocols,
         seed=args.seed,
         keyframes=args.keyframes,

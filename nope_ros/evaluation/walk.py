@@ -26,6 +26,7 @@ from nope_ros.evaluation.protocol import EvaluationObject, EvaluationSet, View, 
 from nope_ros.frame import InputError
 from nope_ros.pose import PoseEstimate
 from nope_ros.prior import PRIORS, Prior
+from nope_ros.refine import Refinement
 from nope_ros.rotations import exp, geodesic_distance
 from nope_ros.video import KEYFRAMES, Walk, farthest
 
@@ -46,6 +47,7 @@ class WalkReport:
         keyframes: asked for of each object.
         poses: where the registration had camera poses from.
         pose_noise_deg: by which every camera was turned before that.
+        refinement: what followed the templates.
         scores: of every query, by either method.
         registration_seconds: of each walk.
         skipped: what could not be used, and why.
@@ -57,6 +59,7 @@ class WalkReport:
     keyframes: int
     poses: PoseSource
     pose_noise_deg: float
+    refinement: Refinement
     scores: tuple[PairScore, ...]
     registration_seconds: tuple[float, ...]
     skipped: tuple[str, ...]
@@ -85,6 +88,7 @@ class WalkReport:
             "keyframes": self.keyframes,
             "poses": self.poses,
             "pose_noise_deg": self.pose_noise_deg,
+            "refinement": self.refinement,
             "registration_seconds": round(float(np.median(self.registration_seconds or (0.0,))), 2),
             "skipped": list(self.skipped),
         }
@@ -111,6 +115,7 @@ class WalkReport:
         noise = f", camera poses off by {self.pose_noise_deg:g}°" if self.pose_noise_deg else ""
         seconds = float(np.median(self.registration_seconds or (0.0,)))
         title = f"{self.kind}: {self.model}, {self.keyframes} keyframes in {seconds:.1f} s, poses {self.poses}{noise}"
+        title += "" if self.refinement == "none" else f", refinement {self.refinement}"
         table = Table(title=title, title_justify="left")
         for column in (
             "protocol",
@@ -122,6 +127,7 @@ class WalkReport:
             "median sym °",
             "50 % set",
             "90 % set",
+            "translation %",
         ):
             table.add_column(column, justify="right" if column not in ("protocol", "") else "left")
         for prior in self.protocols:
@@ -138,11 +144,17 @@ class WalkReport:
 
 
 def _cells(scores: Scores) -> list[str]:
-    shown = (scores.acc30, scores.median_deg, scores.acc30_sym, scores.median_deg_sym)
-    return [
-        str(scores.pairs),
-        *("–" if value is None else f"{value:.1f}" for value in (*shown, scores.coverage50, scores.coverage90)),
-    ]
+    moved = scores.translation_relative_median
+    shown = (
+        scores.acc30,
+        scores.median_deg,
+        scores.acc30_sym,
+        scores.median_deg_sym,
+        scores.coverage50,
+        scores.coverage90,
+        None if moved is None else 100 * moved,
+    )
+    return [str(scores.pairs), *("–" if value is None else f"{value:.1f}" for value in shown)]
 
 
 def evaluate_walks(
@@ -200,6 +212,7 @@ def evaluate_walks(
         keyframes,
         poses,
         pose_noise_deg,
+        estimator.refinement,
         tuple(scores),
         tuple(seconds),
         tuple(dict.fromkeys(skipped)),
@@ -208,7 +221,11 @@ def evaluate_walks(
 
 @dataclass(frozen=True)
 class _Walked:
-    """One object, registered from one view (each of the keyframes) and from all of them."""
+    """One object, registered from one view (each of the keyframes) and from all of them.
+
+    ``R_truth_object`` (3, 3) and ``origin`` (3,) place the walk's object frame in the true one; the origin is None
+    where camera poses were estimated.
+    """
 
     evaluated: EvaluationObject
     estimator: PoseEstimator
@@ -218,6 +235,7 @@ class _Walked:
     singles: dict[int, RegisteredObject]
     together: RegisteredObject
     R_truth_object: Array
+    origin: Array | None
     seconds: float
     skipped: tuple[str, ...]
 
@@ -268,7 +286,10 @@ class _Walked:
                 gravity_camera=view.gravity_camera if level else None,
             )
         refused = tuple(f"{evaluated.name} {one.name}: {one.reason}" for one in kept.refused)
-        return cls(evaluated, estimator, level, rng, tuple(chosen), singles, together, R_truth_object, seconds, refused)
+        origin = kept.t_fixed_object if poses == "given" else None
+        return cls(
+            evaluated, estimator, level, rng, tuple(chosen), singles, together, R_truth_object, origin, seconds, refused
+        )
 
     def ask(self, protocols: Sequence[Prior], queries: int | None) -> list[PairScore]:
         """Scores of both methods on the views that are no keyframes."""
@@ -287,14 +308,16 @@ class _Walked:
                     prior=prior,
                     gravity_camera=view.gravity_camera if self.level else None,
                 )
-                scores.append(self._score(single, np.eye(3), views[reference], view, SINGLE, prior))
-                scores.append(self._score(video, self.R_truth_object, None, view, VIDEO, prior))
+                known, origin = np.zeros(3), self.origin
+                scores.append(self._score(single, np.eye(3), known, views[reference], view, SINGLE, prior))
+                scores.append(self._score(video, self.R_truth_object, origin, None, view, VIDEO, prior))
         return scores
 
     def _score(
         self,
         estimate: PoseEstimate,
         R_truth_object: Array,
+        origin: Array | None,
         reference: View | None,
         query: View,
         method: str,
@@ -309,6 +332,10 @@ class _Walked:
             (self.evaluated.views[index] for index in self.chosen) if reference is None else [reference],
             key=lambda view: float(view.direction @ query.direction),
         )
+        moved = None
+        if origin is not None:
+            t_true = R_true @ origin + query.t_camera_object
+            moved = float(np.linalg.norm(estimate.t_camera_object - t_true) / np.linalg.norm(t_true))
         return PairScore(
             method=method,
             protocol=prior,
@@ -321,6 +348,7 @@ class _Walked:
             direction_deg=float(np.degrees(np.arccos(np.clip(nearest.direction @ query.direction, -1, 1)))),
             confidence=estimate.confidence,
             calibration=calibration(estimate.distribution, right),
+            translation_relative=moved,
         )
 
 
