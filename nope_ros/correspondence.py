@@ -40,7 +40,14 @@ from nope_ros.models.correspondence import (
     Views,
     directions,
 )
-from nope_ros.pose import PoseEstimate, ReferencePose, Stage, rotation_covariance
+from nope_ros.pose import (
+    PoseEstimate,
+    ReferencePose,
+    Stage,
+    outline_sigma,
+    projective_distance,
+    rotation_covariance,
+)
 from nope_ros.prior import constrained
 from nope_ros.refine import Refined, over_modes
 from nope_ros.rotations import exp, twist
@@ -75,6 +82,8 @@ class Trust(BaseModel):
         steps: looks at the best.
         support: what the network's log odds of a mode being right count beside the log of its probability: below one,
             as templates and network err alike.
+        placed: standard deviation of the object's centre by the matches, relative to its distance; that by its outline
+            counts beside it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -86,6 +95,12 @@ class Trust(BaseModel):
     first_steps: int = Field(default=3, ge=1, le=16)
     steps: int = Field(default=8, ge=1, le=32)
     support: float = Field(default=0.5, ge=0)
+    placed: float = Field(default=0.03, gt=0)
+
+    @property
+    def nothing(self) -> bool:
+        """Whether nothing of what the network says is ever used."""
+        return self.affine_deg == self.offsets_deg == 0 and (self.hypotheses == 1 or self.support == 0)
 
 
 class CorrespondenceWeights(BaseModel):
@@ -97,7 +112,9 @@ class CorrespondenceWeights(BaseModel):
         network: sizes, see ``CorrespondenceConfig``.
         with_mesh: when to believe the network where depth is known, as of a mesh.
         with_depth: the same where a depth camera saw the reference, so that it is known of one side only.
-        with_image: and where it is predicted. All are fitted on held-out objects of the training side.
+        with_image: and where it is predicted.
+        with_walk: the same, where a walk showed the object from many sides, the nearest of which is compared. All are
+            fitted on held-out objects of the training side.
         licence: of the weights, an SPDX identifier.
         training: how they came about.
     """
@@ -110,6 +127,7 @@ class CorrespondenceWeights(BaseModel):
     with_mesh: Trust = Trust(offsets_deg=15.0, affine_deg=20.0)
     with_depth: Trust = Trust(offsets_deg=10.0, affine_deg=10.0, hypotheses=1, first_steps=1)
     with_image: Trust = Trust(offsets_deg=10.0, affine_deg=10.0, hypotheses=4, first_steps=1, steps=1)
+    with_walk: Trust = Trust(offsets_deg=0.0, affine_deg=0.0, hypotheses=1, first_steps=1, steps=1)
     licence: str = "Apache-2.0"
     training: dict[str, Any] = Field(default_factory=dict)
 
@@ -232,6 +250,8 @@ class CorrespondenceRefiner:
 
     def refine(self, query: Query, registered: RegisteredObject, estimate: PoseEstimate) -> Refined | None:
         """A finer pose, or another mode where it is seen better; None where nothing is to be changed."""
+        if self._trust(registered).nothing:
+            return None
         return self.concluded(query, registered, estimate, self.look(query, registered, estimate))
 
     def concluded(
@@ -268,6 +288,8 @@ class CorrespondenceRefiner:
     def _trust(self, registered: RegisteredObject) -> Trust:
         if registered.rendered is not None:
             return self.weights.with_mesh
+        if registered.keyframes is not None:
+            return self.weights.with_walk
         return self.weights.with_image if registered.depth is None else self.weights.with_depth
 
     def fitted(self, query: Query, registered: RegisteredObject, estimate: PoseEstimate, found: Found) -> Fit | None:
@@ -350,8 +372,8 @@ class CorrespondenceRefiner:
             return covariance
         return sigma**2 * np.eye(3)
 
-    @staticmethod
     def _refined(
+        self,
         stage: Stage,
         query: Query,
         registered: RegisteredObject,
@@ -380,9 +402,27 @@ class CorrespondenceRefiner:
             rotation_covariance=(
                 rotation_covariance(seen, best.R) if covariance is None else over_modes(seen, answer, covariance)
             ),
-            centre=R_camera_virtual @ centre + between,
+            centre=self._placed(stage, query, registered, best.R, found.reference, R_camera_virtual @ centre) + between,
             distribution=seen,
         )
+
+    def _placed(
+        self,
+        stage: Stage,
+        query: Query,
+        registered: RegisteredObject,
+        delta_R: Array,
+        reference: ReferencePose,
+        matched: Array,
+    ) -> Array:
+        """A view's centre (3,), as matches and as the outline have it, each as far as it is to be trusted."""
+        if stage not in _STAGES:
+            return matched
+        R_virtual_camera = query.crop.R_virtual_camera
+        outlined = projective_distance(reference, query.crop) * R_virtual_camera[2]
+        apart = outline_sigma(query.crop, registered.turned(delta_R, R_virtual_camera)) ** 2
+        together: Array = outlined + apart / (apart + self._trust(registered).placed ** 2) * (matched - outlined)
+        return together
 
     def look(self, query: Query, registered: RegisteredObject, estimate: PoseEstimate) -> Found:
         """What the network makes of an estimate's modes."""

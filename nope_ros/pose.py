@@ -227,6 +227,22 @@ def projective_distance(reference: ReferencePose, crop: Crop) -> float:
     return reference.distance * reference.angular_radius / crop.angular_radius
 
 
+def outline_sigma(crop: Crop, turned: float) -> float:
+    """Standard deviation of ``projective_distance``, relative to it; ``turned`` as of ``pose_estimate``."""
+    return float(np.hypot(_SIZE_SIGMA * _misled(turned), _blur(crop)))
+
+
+def _misled(turned: float) -> float:
+    # How far the outline may mislead: not at all when nothing turned, fully beyond 60°. In-plane rotation does not
+    # change an outline, so only the turn of the viewing direction counts.
+    return min(turned / _SATURATION, 1.0)
+
+
+def _blur(crop: Crop) -> float:
+    # What the outline's own error is of the circle's radius.
+    return _OUTLINE_SIGMA / max(crop.angular_radius * crop.K_virtual[0, 0], 1.0)
+
+
 def pose_estimate(
     object_id: str,
     reference: ReferencePose,
@@ -256,19 +272,14 @@ def pose_estimate(
     axis = crop.R_virtual_camera[2]
     distance = projective_distance(reference, crop)
     delta_R = distribution.mode.R
-    # How far the outline may mislead: not at all when nothing turned, fully beyond 60°. In-plane rotation does not
-    # change an outline, so only the turn of the viewing direction counts.
-    share = min(turned / _SATURATION, 1.0)
-    radius_px = crop.angular_radius * crop.K_virtual[0, 0]
-    outline = _OUTLINE_SIGMA / max(radius_px, 1.0)
-    sigma_distance = distance * np.hypot(_SIZE_SIGMA * share, outline)
+    sigma_distance = distance * outline_sigma(crop, turned)
     surface = surface_distance(frame, crop) if reference.metric else None
     if surface is not None:
         radius = reference.distance * reference.angular_radius
         weights = np.array([sigma_distance, _BEHIND_SIGMA * radius]) ** -2.0
         distance = float(weights @ [distance, surface + _BEHIND * radius] / weights.sum())
         sigma_distance = weights.sum() ** -0.5
-    sigma_centre = distance * crop.angular_radius * np.hypot(_CENTRE_SIGMA * share, outline)
+    sigma_centre = distance * crop.angular_radius * np.hypot(_CENTRE_SIGMA * _misled(turned), _blur(crop))
     along = np.outer(axis, axis)
     placed = place(
         reference,

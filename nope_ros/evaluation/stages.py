@@ -38,6 +38,7 @@ from nope_ros.refine import Refined, moved
 from nope_ros.rotations import twist
 from nope_ros.settle import Settling
 from nope_ros.training.mesh import load_mesh
+from nope_ros.video import Walk, farthest
 
 Array = NDArray[np.float64]
 
@@ -147,14 +148,19 @@ class _Model:
 
 
 def _error(
-    estimate: PoseEstimate, view: View, crop: Crop, evaluated: EvaluationObject, model: _Model, seconds: float
+    estimate: PoseEstimate,
+    registered: RegisteredObject,
+    view: View,
+    crop: Crop,
+    evaluated: EvaluationObject,
+    model: _Model,
+    seconds: float,
 ) -> StageError:
-    R, t, R_true, t_true = (
-        estimate.R_camera_object,
-        estimate.t_camera_object,
-        view.R_camera_object,
-        view.t_camera_object,
-    )
+    R_true, t_true = view.R_camera_object, view.t_camera_object
+    R, t = estimate.R_camera_object, estimate.t_camera_object
+    if registered.keyframes is not None:  # its frame is the walk's; cameras were given in the true one
+        R = R @ registered.keyframes.R_fixed_object.T
+        t = t - R @ registered.keyframes.t_fixed_object
     seen, true = (crop.K_virtual @ crop.R_virtual_camera @ point for point in (t, t_true))
     apart = np.linalg.norm(seen[:2] / seen[2] - true[:2] / true[2])
     between = crop.R_virtual_camera @ R @ R_true.T @ crop.R_virtual_camera.T
@@ -211,8 +217,14 @@ def judge(
             answer = settling.best(template, refiner.proposals(seen, registered, template))
             looked = time.perf_counter() - begin
     rows["answer"] = (answer, looked)
-    errors = {row: _error(pose, query, seen.crop, evaluated, model, seconds) for row, (pose, seconds) in rows.items()}
-    tried = [mode.R @ registered.reference.R_camera_object for mode in found.tried]
+    errors = {
+        row: _error(pose, registered, query, seen.crop, evaluated, model, seconds)
+        for row, (pose, seconds) in rows.items()
+    }
+    R_true_reference = registered.reference.R_camera_object
+    if registered.keyframes is not None:
+        R_true_reference = R_true_reference @ registered.keyframes.R_fixed_object.T
+    tried = [mode.R @ R_true_reference for mode in found.tried]
     off = np.degrees([evaluated.symmetry.error(R, query.R_camera_object) for R in tried])
     compared = Compared(
         np.log([mode.probability for mode in found.tried]), np.array(found.support), off < np.degrees(CONFIDENCE_RADIUS)
@@ -227,6 +239,7 @@ def judge_set(
     prior: Prior,
     *,
     mesh_folder: Path | None = None,
+    keyframes: int = 0,
     depth: bool = False,
     settle: bool = True,
     within_deg: float = 90.0,
@@ -240,6 +253,8 @@ def judge_set(
         refiner: follows.
         prior: what is known of gravity.
         mesh_folder: that the set is of, if objects are registered from their meshes; else from the reference views.
+        keyframes: of the walk from which each object is registered, cameras known; 0: from a reference. The walk takes
+            what views it needs, and queries are the others.
         depth: whether the set has depth, and objects that are not of radius one for it.
         settle: whether the queries' depth is used.
         within_deg: most that the directions of view of reference and query are apart, without a mesh.
@@ -257,6 +272,12 @@ def judge_set(
             down = None if prior == "free" else np.array([0.0, 0.0, -1.0])
             whole = estimator.register_mesh(mesh, object_id="mesh", gravity_object=down)
         pairs = {(0, query) for _, query in evaluated.pairs} if whole is not None else set(evaluated.pairs)
+        if keyframes:
+            try:
+                whole, rest = walked(estimator, evaluated, prior, keyframes)
+            except InputError:
+                continue
+            pairs = {(0, query) for query in rest[: len(evaluated.pairs)]}
         frames: dict[int, Frame] = {}
         known: dict[int, RegisteredObject] = {}
         for first, second in sorted(pairs):
@@ -278,6 +299,25 @@ def judge_set(
                 continue
             registered = whole or known[first]
             yield judge(estimator, refiner, registered, evaluated, query, frames[second], prior, model, settle)
+
+
+def walked(
+    estimator: PoseEstimator, evaluated: EvaluationObject, prior: Prior, keyframes: int
+) -> tuple[RegisteredObject, list[int]]:
+    """An object registered from views all around, and the others, of which it knows nothing.
+
+    Raises:
+        InputError: if too few views can be used.
+    """
+    views = evaluated.views
+    chosen = farthest(np.stack([view.direction for view in views]), keyframes)
+    walk = Walk(estimator.predictor.crop_size, ordered=False)
+    for index in chosen:
+        view = views[index]
+        down = None if prior == "free" else view.gravity_camera
+        walk.add(view.name, view.read(), gravity_camera=down, pose=(view.R_camera_object, view.t_camera_object))
+    rest = [index for index in range(len(views)) if index not in set(chosen)]
+    return estimator.register_walk(walk, keyframes=keyframes), rest
 
 
 def _file(folder: Path, name: str) -> Path:
@@ -306,6 +346,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("kind", choices=("photos", "meshes", "procedural"))
     parser.add_argument("dir", type=Path, nargs="?", help="of photographs or meshes")
     parser.add_argument("--protocol", choices=PRIORS, default="free")
+    parser.add_argument("--keyframes", type=int, default=0, help="register from a walk of so many views, not from one")
     parser.add_argument("--mesh-templates", action="store_true", help="register from meshes, not from one image each")
     parser.add_argument(
         "--depth", action="store_true", help="references and queries have depth, as measured by a camera"
@@ -343,12 +384,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     folder = given.dir if given.mesh_templates else None
     pairs = list(
-        judge_set(found, estimator, refiner, given.protocol, mesh_folder=folder, depth=given.depth, progress=True)
+        judge_set(
+            found,
+            estimator,
+            refiner,
+            given.protocol,
+            mesh_folder=folder,
+            keyframes=given.keyframes,
+            depth=given.depth,
+            progress=True,
+        )
     )
     if not pairs:
         print("nothing was evaluated: the set has no pairs for this protocol")
         return 1
-    mode = "mesh templates" if given.mesh_templates else "one image"
+    mode = f"a walk of {given.keyframes} views" if given.keyframes else "one image"
+    mode = "mesh templates" if given.mesh_templates else mode
     mode += ", depth" if given.depth else ""
     console = Console()
     console.width = max(console.width, 150)

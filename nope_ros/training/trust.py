@@ -43,6 +43,12 @@ _SEED = 1000
 _WORST_DEG, _WORST_PERCENT = 20.0, 20.0
 # Believed queries that tell how large errors are beside expected ones; with fewer all queries tell.
 _ENOUGH = 20
+# Of the absolute value of a normal variable of standard deviation 1.
+_NORMAL_MEDIAN = 0.6745
+# Keyframes of walks: some 45° apart, and some 30°.
+_WALKS = (16, 32)
+# Of ``Trust.placed``, to see what matches say of the centre without the outline.
+_ALONE = 1e-6
 _THRESHOLDS = (0.0, *np.geomspace(3, 30, 25))
 
 
@@ -54,6 +60,7 @@ class Chosen:
         offsets_deg: see ``Trust``.
         affine_deg: see ``Trust``.
         spread: see ``Trust``.
+        placed: see ``Trust``.
         worse_percent: of the queries whose template is right.
         rotation_deg: median of the same, with the templates' before it.
         translation_percent: the same.
@@ -63,6 +70,7 @@ class Chosen:
     offsets_deg: float
     affine_deg: float
     spread: float
+    placed: float
     worse_percent: float
     rotation_deg: tuple[float, float]
     translation_percent: tuple[float, float]
@@ -109,6 +117,7 @@ def choose(pairs: Sequence[Pair], harm: float, *, offsets: bool = True, axes: in
         offsets_deg=round(first, 1),
         affine_deg=round(second, 1),
         spread=round(float(np.sqrt((ratio**2).mean() / axes)), 2),
+        placed=round(float(np.median(translation[2, believed])) / _NORMAL_MEDIAN / 100, 3),
         worse_percent=100 * float((rotation[taken, at] > rotation[0] + HARM_DEG).mean()),
         rotation_deg=(float(np.median(rotation[0])), float(np.median(rotation[taken, at]))),
         translation_percent=(float(np.median(translation[0])), float(np.median(translation[taken, at]))),
@@ -154,17 +163,22 @@ def gather(
     pairs: int,
     depth: bool = False,
     mesh_templates: bool = False,
+    keyframes: int = 0,
     within_deg: float = 90.0,
 ) -> list[Pair]:
-    """Queries of held-out objects: meshes, and with references of one view as many procedural ones."""
+    """Queries of held-out objects: meshes, and, unless they are registered from these, as many procedural ones."""
     names = held_out(meshes)
     chosen = [names[n] for n in np.random.default_rng(0).permutation(len(names))[:count]]
-    found = mesh_set(meshes, _SEED, protocols=(prior,), objects=chosen, references=1, pairs=pairs, depth=depth)
+    drawn: dict[str, Any] = {"protocols": (prior,), "references": 1, "pairs": pairs, "depth": depth}
+    if keyframes:
+        drawn["views"] = keyframes + pairs
+    found = mesh_set(meshes, _SEED, objects=chosen, **drawn)
     folder = meshes if mesh_templates else None
     options: dict[str, Any] = {"depth": depth, "settle": False, "within_deg": within_deg, "progress": True}
+    options["keyframes"] = keyframes
     judged = list(judge_set(found, estimator, refiner, prior, mesh_folder=folder, **options))
     if not mesh_templates:
-        made = procedural_set(_SEED, protocols=(prior,), count=count, references=1, pairs=pairs, depth=depth)
+        made = procedural_set(_SEED, count=count, **drawn)
         judged += judge_set(made, estimator, refiner, prior, **options)
     return judged
 
@@ -187,14 +201,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Which mode is taken decides what errors are beyond it, so that this comes first. Nobody knows then from how near a
     # query is; where an object is seen from the other side, support misleads, and counts less for it.
     anywhere = {**size, "within_deg": 180.0}
+
+    def walks(prior: Prior) -> list[Pair]:
+        """Of sparse walks and of dense ones."""
+        found = [gather(estimator, refiner, prior, given.meshes, keyframes=count, **size) for count in _WALKS]
+        return [pair for pairs in found for pair in pairs]
+
     support = {
         "with_image": [one for prior in PRIORS for one in gather(estimator, refiner, prior, given.meshes, **anywhere)],
         "with_mesh": gather(estimator, refiner, "free", given.meshes, mesh_templates=True, **size),
+        "with_walk": [one for prior in PRIORS for one in walks(prior)],
     }
     counts = {name: fit_support(pairs) for name, pairs in support.items()}
     refiner.weights = refiner.weights.model_copy(
         update={
-            name: getattr(refiner.weights, name).model_copy(update={"support": one}) for name, one in counts.items()
+            name: getattr(refiner.weights, name).model_copy(update={"support": one, "placed": _ALONE})
+            for name, one in counts.items()
         }
     )
     free = gather(estimator, refiner, "free", given.meshes, **size)
@@ -206,9 +228,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "without gravity": choose(free, given.harm, offsets=False),
         "with_depth": choose(gather(estimator, refiner, "free", given.meshes, depth=True, **size), given.harm),
         "with_mesh": choose(meshes, given.harm),
+        "with_walk": choose(walks("standing"), given.harm, axes=1),
+        "walk without gravity": choose(walks("free"), given.harm, offsets=False),
     }
     table = Table(title=f"{given.weights}", title_justify="left")
-    for heading in ("", "queries", "offsets below", "affine below", "spread", "worse by 2°", "rotation", "translation"):
+    for heading in (
+        "",
+        "queries",
+        "offsets below",
+        "affine below",
+        "spread",
+        "placed",
+        "worse by 2°",
+        "rotation",
+        "translation",
+    ):
         table.add_column(heading, justify="right")
     for name, one in found.items():
         table.add_row(
@@ -217,6 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"{one.offsets_deg:.1f}°",
             f"{one.affine_deg:.1f}°",
             f"{one.spread:.2f}",
+            f"{100 * one.placed:.1f} %",
             f"{one.worse_percent:.0f} %",
             f"{one.rotation_deg[0]:.1f}° → {one.rotation_deg[1]:.1f}°",
             f"{one.translation_percent[0]:.1f} % → {one.translation_percent[1]:.1f} %",
@@ -231,15 +266,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def changed(trust: Trust, one: Chosen, affine_deg: float | None = None) -> Trust:
         affine = one.affine_deg if affine_deg is None else affine_deg
         return trust.model_copy(
-            update={"offsets_deg": one.offsets_deg, "affine_deg": max(affine, one.offsets_deg), "spread": one.spread}
+            update={
+                "offsets_deg": one.offsets_deg,
+                "affine_deg": max(affine, one.offsets_deg),
+                "spread": one.spread,
+                "placed": one.placed,
+            }
         )
 
     image, level = found["with_image"], found["without gravity"].affine_deg
+    walk, level_walk = found["with_walk"], found["walk without gravity"].affine_deg
     new = old.model_copy(
         update={
             "with_image": changed(old.with_image, image, min(level, image.affine_deg)),
             "with_depth": changed(old.with_depth, found["with_depth"]),
             "with_mesh": changed(old.with_mesh, found["with_mesh"]),
+            "with_walk": changed(old.with_walk, walk, min(level_walk, walk.affine_deg)),
         }
     )
     path.write_text(json.dumps(new.model_dump(), indent=2) + "\n", encoding="utf-8")
