@@ -116,6 +116,22 @@ def test_an_unseen_view_is_found_in_the_frame_of_the_walk(estimator, registered,
     assert np.median(errors) < 25
 
 
+def test_each_side_has_a_size_and_a_centre_of_its_own(estimator, registered, frames):
+    keyframes = registered.keyframes
+    for index, name in enumerate(keyframes.names):
+        R, t = camera(ROUND[int(name.removeprefix("frame "))])
+        crop = estimator.look(frames[int(name.removeprefix("frame "))], R @ [0, 0, -1.0]).crop
+        at = registered.reference_at(R @ camera(ROUND[0])[0].T, crop.R_virtual_camera)
+        np.testing.assert_array_equal(at.offset_object, keyframes.offset_object[index])
+        centre = at.distance * at.angular_radius / crop.angular_radius * crop.R_virtual_camera[2]
+        origin = centre + keyframes.R_camera_object[index] @ at.offset_object
+        np.testing.assert_allclose(origin, t + R @ keyframes.t_fixed_object, atol=1e-6)
+    # Files of before have one side only.
+    old = replace(registered, keyframes=replace(keyframes, distance=None))
+    assert old.sides is None
+    assert old.reference_at(registered.reference.R_camera_object, np.eye(3)) is old.reference
+
+
 def test_each_bad_frame_is_refused_with_its_reason(frames):
     walk = Walk(96)
     for index, frame in enumerate(frames):
@@ -255,6 +271,8 @@ def test_a_walk_survives_a_restart(tmp_path, estimator, registered, frames):
     (loaded,) = store.load_all(estimator.predictor).objects
     assert loaded.keyframes.names == registered.keyframes.names
     assert loaded.keyframes.provenance == registered.keyframes.provenance
+    np.testing.assert_array_equal(loaded.sides.distance, registered.sides.distance)
+    np.testing.assert_array_equal(loaded.sides.offset_object, registered.sides.offset_object)
     for one, other in zip(
         *(estimator.estimate_frame(frames[3], [each], prior="free") for each in (loaded, registered)), strict=True
     ):
@@ -275,6 +293,10 @@ def test_evaluation_keeps_keyframes_and_queries_apart(estimator):
     assert values["video"]["acc30"] >= values["single"]["acc30"]
     noisy = evaluate_walks(found, estimator, ("free",), keyframes=5, pose_noise_deg=5.0)
     assert noisy.to_dict()["pose_noise_deg"] == 5.0
+    for method in ("single", "video"):
+        assert 0 < values[method]["translation_relative_median"] < 0.2, "the walk's origin, against the true one"
+    estimated = evaluate_walks(found, estimator, ("free",), keyframes=5, poses="estimated")
+    assert estimated.to_dict()["video"]["translation_relative_median"] is None, "its origin is known by nobody"
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
