@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -63,6 +64,8 @@ _FORMAT_VERSION = 2
 _CACHED_VIEWS = 256
 # Of the direction of gravity, where it takes a turn out of the rotation's errors; radians.
 _GRAVITY_SIGMA = np.radians(2.0)
+# Hypotheses whose rolls differ by less look at one image, as in training; radians.
+_SAME_ROLL = np.radians(6.0)
 # Of the best mode's probability; modes with less are not tried.
 _LEAST_SHARE = 0.1
 _STAGES: tuple[Literal["affine", "offsets"], ...] = ("affine", "offsets")
@@ -431,10 +434,15 @@ class CorrespondenceRefiner:
         # What earlier frames chose, one frame does not choose anew.
         most = 1 if estimate.stage == "tracking" else trust.hypotheses
         tried = [mode for mode in modes[:most] if mode.probability > _LEAST_SHARE * modes[0].probability]
-        hypotheses = [self._hypothesis(query, registered, mode) for mode in tried]
+        hypotheses: list[_Hypothesis] = []
+        rolls: list[float] = []
+        for mode in tried:
+            hypotheses.append(self._hypothesis(query, registered, mode, rolls))
+            rolls += [] if hypotheses[-1].roll in rolls else [hypotheses[-1].roll]
         rgba = np.dstack([crop.image, crop.mask])
         with torch.inference_mode():
-            seen = self._view(np.stack([rolled(rgba, -one.roll) for one in hypotheses]), crop.angular_radius)
+            seen = self._view(np.stack([rolled(rgba, -roll) for roll in rolls]), crop.angular_radius)
+            seen = seen[torch.tensor([rolls.index(one.roll) for one in hypotheses], device=self.device)]
             search = _Search.start(self, hypotheses, seen)
             for _ in range(trust.first_steps):
                 search = search.advanced()
@@ -478,12 +486,16 @@ class CorrespondenceRefiner:
         unit = hypothesis.reference.distance * hypothesis.reference.angular_radius
         return Matches(points * unit, targets[:, :2] @ unroll.T, weights, hypothesis.R_view)
 
-    def _hypothesis(self, query: Query, registered: RegisteredObject, mode: Mode) -> _Hypothesis:
+    def _hypothesis(
+        self, query: Query, registered: RegisteredObject, mode: Mode, rolls: Sequence[float]
+    ) -> _Hypothesis:
+        """A mode, and the view it is compared with; under one of the given rolls, if that is nearly its own."""
         R_virtual = query.crop.R_virtual_camera @ mode.R @ registered.R_virtual_camera.T
         R_view, reference, views, depth = self._reference(registered, R_virtual)
         R = R_virtual @ R_view.T
         # The query is rolled to align with the view, so that features need not know of roll.
         roll = float(twist(R))
+        roll = next((one for one in rolls if abs(np.angle(np.exp(1j * (one - roll)))) < _SAME_ROLL), roll)
         return _Hypothesis(mode, R_view, reference, views, depth, roll, exp(np.array([0.0, 0.0, -roll])) @ R)
 
     @staticmethod
