@@ -443,7 +443,12 @@ class CorrespondenceRefiner:
         with torch.inference_mode():
             seen = self._view(np.stack([rolled(rgba, -roll) for roll in rolls]), crop.angular_radius)
             seen = seen[torch.tensor([rolls.index(one.roll) for one in hypotheses], device=self.device)]
-            search = _Search.start(self, hypotheses, seen)
+            reference = Views(
+                *(torch.cat([getattr(one.views, field.name) for one in hypotheses]) for field in fields(Views))
+            )
+            depths = [one.depth for one in hypotheses if one.depth is not None]
+            R = np.stack([one.R for one in hypotheses])
+            search = _Search.start(self, reference, seen, R, torch.cat(depths) if depths else None)
             for _ in range(trust.first_steps):
                 search = search.advanced()
             support = search.step.support.double().cpu().numpy()  # type: ignore[union-attr]
@@ -576,27 +581,25 @@ class _Search:
     step: Step | None = None
 
     @classmethod
-    def start(cls, refiner: CorrespondenceRefiner, hypotheses: list[_Hypothesis], query: Views) -> Self:
-        """Where the templates say."""
-        network, device = refiner.network, refiner.device
-        views = Views(*(torch.cat([getattr(one.views, field.name) for one in hypotheses]) for field in fields(Views)))
-        points, valid, coarse = network.points(views)
-        depths = [one.depth for one in hypotheses if one.depth is not None]
-        if depths:
-            depth = torch.cat(depths)
+    def start(
+        cls, refiner: CorrespondenceRefiner, reference: Views, query: Views, R: Array, depth: Tensor | None
+    ) -> Self:
+        """Where rotations R (P, 3, 3) between views say; ``depth`` (P, N) of the reference's points if it is known."""
+        network = refiner.network
+        points, valid, coarse = network.points(reference)
+        if depth is not None:
             known = depth.isfinite()
-            there = network.deepened(torch.zeros_like(points), depth.nan_to_num(0), views.rho)
+            there = network.deepened(torch.zeros_like(points), depth.nan_to_num(0), reference.rho)
             points, valid = torch.where(known[..., None], there, points), valid & known
-        R = np.stack([one.R for one in hypotheses])
         return cls(
             refiner,
             points,
             valid,
-            torch.full((len(R),), float(not depths), device=device),
+            points.new_full((len(R),), float(depth is None)),
             coarse,
             query,
             network.compare(coarse, query),
-            RelativePose.of_rotation(torch.tensor(R, dtype=torch.float32, device=device)),
+            RelativePose.of_rotation(torch.tensor(R, dtype=torch.float32, device=refiner.device)),
         )
 
     def advanced(self) -> _Search:
