@@ -113,6 +113,7 @@ def model(weights: str, place: str) -> Iterator[Finding]:
     """Whether the weights load and compute."""
     import numpy as np
 
+    from nope_ros.correspondence import CORRESPONDENCE_WEIGHTS
     from nope_ros.estimator import PoseEstimator
     from nope_ros.latent import WEIGHTS_FILE, find_weights
 
@@ -133,7 +134,8 @@ def model(weights: str, place: str) -> Iterator[Finding]:
         yield Finding("problem", str(error), "check the parameters weights and device")
         return
     yield Finding("ok", f"{estimator.model_name} on {estimator.device}, sha256 {digest[:16]}…, from {folder}")
-    yield from as_shipped(folder)
+    for weights_folder in (folder, CORRESPONDENCE_WEIGHTS):
+        yield from as_shipped(weights_folder)
     if not np.isfinite(pose.R_camera_object).all():
         yield Finding("problem", "the network gives no numbers", "the weights are damaged: install them again")
     else:
@@ -159,7 +161,7 @@ def as_shipped(folder: Path) -> Iterator[Finding]:
             "damaged, or half of an update: install the package again; if you put them there, `make checksums`",
         )
     else:
-        yield Finding("ok", "weights are as shipped")
+        yield Finding("ok", f"weights {folder.name} are as shipped")
 
 
 def store(folder: Path, weights: str) -> Iterator[Finding]:
