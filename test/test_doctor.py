@@ -75,8 +75,8 @@ def test_nothing_comes() -> None:
 
 def test_packaged_weights_are_as_shipped(tmp_path: Path) -> None:
     for folder in DEFAULT_WEIGHTS.parent.iterdir():
-        found = list(as_shipped(folder))
-        assert [one.what for one in found] == [f"weights {folder.name} are as shipped"], f"{folder.name}: run make checksums"
+        (found,) = as_shipped(folder)
+        assert found.what == f"weights {folder.name} are as shipped", "run make checksums"
     shutil.copytree(folder, tmp_path / "weights")
     weights = tmp_path / "weights" / "model.safetensors"
     damaged = bytearray(weights.read_bytes())
