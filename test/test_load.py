@@ -48,11 +48,14 @@ def test_pages_get_tables_and_pictures_in_their_places(tmp_path: Path) -> None:
     page.write_text(
         "# Load\n<!-- load -->old<!-- /load -->\nbetween\n<!-- load over time -->old<!-- /load over time -->\n"
     )
-    rows = [(Case(1, 640, 480, 30.0, False, 1797.0), figures()), (Case(5, 640, 480, 30.0, True, 20.0), figures(20))]
+    rows = [
+        (Case(1, 640, 480, 30.0, False, 1797.0), figures()),
+        (Case(5, 640, 480, 30.0, True, 20.0, "none"), figures(20)),
+    ]
     write(rows, page)
     text = page.read_text()
-    assert "old" not in text and text.index("| 5 | 640×480 | 30 | JPEG |") < text.index("between")
-    assert "| 1 | 640×480 | 30 | raw | 20 / 25 / 26 | 0.5 | 6 % | 40 % | 150 % of 200 % |" in text
+    assert "old" not in text and text.index("| 5 | 640×480 | 30 | JPEG | none |") < text.index("between")
+    assert "| 1 | 640×480 | 30 | raw | correspondence | 20 / 25 / 26 | 0.5 | 6 % | 40 % | 150 % of 200 % |" in text
     assert "**It grows.** Of 30 minutes, the first 7 are left out" in text and "(images/load.png)" in text
     assert (tmp_path / "images" / "load.png").stat().st_size > 5000
     kept = tmp_path / "load.json"

@@ -48,6 +48,7 @@ from nope_ros.demo.session import NODE, NodeProcess, SessionError, isolated_ros
 from nope_ros.frame import Camera, InputError
 from nope_ros.msg import ObjectPoseArray
 from nope_ros.node import messages, topics
+from nope_ros.refine import DEFAULT_REFINEMENT, REFINEMENTS, Refinement
 from nope_ros.srv import ListObjects, RegisterObject
 
 _PICTURES = 5
@@ -63,7 +64,7 @@ _MATTERS = 5.0
 
 @dataclass(frozen=True)
 class Case:
-    """One load: registered objects, image size in pixels, frames a second, JPEG or raw, seconds."""
+    """One load: registered objects, image size in pixels, frames a second, JPEG or raw, seconds, and a parameter."""
 
     objects: int
     width: int
@@ -71,6 +72,7 @@ class Case:
     rate: float
     compressed: bool
     seconds: float
+    refinement: Refinement = DEFAULT_REFINEMENT
 
 
 @dataclass(frozen=True)
@@ -192,6 +194,7 @@ def measure(case: Case, *, weights: str = "", threads: int = 0, gravity: bool = 
             "storage.directory": f"{folder}/objects",
             "compressed": case.compressed,
             "threads": threads,
+            "refinement": case.refinement,
             "similarity_threshold": -1.0,  # every frame has a pose to publish
             **({"weights": weights} if weights else {}),
         }
@@ -325,6 +328,7 @@ def line(case: Case, figures: Figures) -> str:
         f"{case.width}×{case.height}",
         f"{case.rate:g}",
         "JPEG" if case.compressed else "raw",
+        case.refinement,
         " / ".join(f"{value:.0f}" for value in figures.latency_ms),
         f"{figures.answered / case.seconds:.1f}",
         f"{dropped:.0f} %",
@@ -337,8 +341,8 @@ def line(case: Case, figures: Figures) -> str:
 
 
 HEAD = (
-    "| objects | image | Hz | | latency p50 / p95 / p99, ms | poses a second | frames left out | CPU "
-    "| of others | memory, MB | list_objects p50 / p95 / p99, ms |\n|" + " --- |" * 11
+    "| objects | image | Hz | | refinement | latency p50 / p95 / p99, ms | poses a second | frames left out | CPU "
+    "| of others | memory, MB | list_objects p50 / p95 / p99, ms |\n|" + " --- |" * 12
 )
 
 
@@ -433,13 +437,13 @@ def _cases(given: argparse.Namespace) -> Iterator[Case]:
     if given.all:
         sizes = ((640, 480), (1920, 1080))
         for (width, height), rate, compressed, objects in product(sizes, (30.0, 60.0), (False, True), (1, 5, 20)):
-            yield Case(objects, width, height, rate, compressed, given.seconds)
+            yield Case(objects, width, height, rate, compressed, given.seconds, given.refinement)
         return
     for size, objects in product(given.size, given.objects):
         width, _, height = size.partition("x")
         if not (width.isdigit() and height.isdigit()):
             raise InputError(f"--size: {size} is not WIDTHxHEIGHT")
-        yield Case(objects, int(width), int(height), given.rate, given.compressed, given.seconds)
+        yield Case(objects, int(width), int(height), given.rate, given.compressed, given.seconds, given.refinement)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -455,6 +459,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--all", action="store_true", help="every combination")
     parser.add_argument("--weights", default="", help="as the node's parameter")
     parser.add_argument("--threads", type=int, default=0, help="as the node's parameter")
+    parser.add_argument("--refinement", default=DEFAULT_REFINEMENT, choices=REFINEMENTS, help="as the node's parameter")
     parser.add_argument("--no-gravity", action="store_true", help="any rotation is possible")
     parser.add_argument(
         "--out", type=Path, action="append", help="write into this page; into .json, the figures themselves; repeatable"
