@@ -358,7 +358,10 @@ class CorrespondenceRefiner:
         if stage is None:
             best = found.modes[0].R
             spread = rotation_covariance(found.distribution, best)
-            return Refined(estimate.stage, found.modes, spread, distribution=found.distribution)
+            centre = None
+            if registered.sides is not None:  # seen from another side than the templates thought
+                centre = _outlined(query, found) + _between(query, registered, estimate, found, best)
+            return Refined(estimate.stage, found.modes, spread, centre, distribution=found.distribution)
         R, centre = found.R, found.centre_virtual
         covariance: Array | None = self._covariance(query, estimate, self._trust(registered).spread * found.sigma)
         if stage == "affine":
@@ -393,11 +396,8 @@ class CorrespondenceRefiner:
         R_virtual = constrained(R, estimate.prior, registered.gravity_virtual, query.gravity_virtual)
         R_camera_virtual = query.crop.R_virtual_camera.T
         delta_R = R_camera_virtual @ R_virtual @ registered.R_virtual_camera
-        # Of a mesh, each view has a centre of its own: from that of the view that was compared to that of the estimate.
-        asked = registered.reference_at(estimate.delta_R, query.crop.R_virtual_camera)
-        R_object = delta_R @ asked.R_camera_object
-        between = R_object @ (found.reference.offset_object - asked.offset_object)
         best, *others = found.modes
+        placed = self._placed(stage, query, registered, found, R_camera_virtual @ centre)
         answer, seen = Mode(delta_R, best.probability), found.distribution
         return Refined(
             stage=stage,
@@ -405,25 +405,17 @@ class CorrespondenceRefiner:
             rotation_covariance=(
                 rotation_covariance(seen, best.R) if covariance is None else over_modes(seen, answer, covariance)
             ),
-            centre=self._placed(stage, query, registered, best.R, found.reference, R_camera_virtual @ centre) + between,
+            centre=placed + _between(query, registered, estimate, found, delta_R),
             distribution=seen,
         )
 
-    def _placed(
-        self,
-        stage: Stage,
-        query: Query,
-        registered: RegisteredObject,
-        delta_R: Array,
-        reference: ReferencePose,
-        matched: Array,
-    ) -> Array:
-        """A view's centre (3,), as matches and as the outline have it, each as far as it is to be trusted."""
+    def _placed(self, stage: Stage, query: Query, registered: RegisteredObject, found: Found, matched: Array) -> Array:
+        """The view's centre (3,), as matches and as the outline have it, each as far as it is to be trusted."""
         if stage not in _STAGES:
             return matched
-        R_virtual_camera = query.crop.R_virtual_camera
-        outlined = projective_distance(reference, query.crop) * R_virtual_camera[2]
-        apart = outline_sigma(query.crop, registered.turned(delta_R, R_virtual_camera)) ** 2
+        outlined = _outlined(query, found)
+        turned = registered.turned(found.modes[0].R, query.crop.R_virtual_camera)
+        apart = outline_sigma(query.crop, turned) ** 2
         together: Array = outlined + apart / (apart + self._trust(registered).placed ** 2) * (matched - outlined)
         return together
 
@@ -641,6 +633,19 @@ class _Search:
             affine=self.affine[one],
             step=self.step[one],
         )
+
+
+def _outlined(query: Query, found: Found) -> Array:
+    """Where the outline has the centre (3,) of the view that was compared, camera axes."""
+    centre: Array = projective_distance(found.reference, query.crop) * query.crop.R_virtual_camera[2]
+    return centre
+
+
+def _between(query: Query, registered: RegisteredObject, estimate: PoseEstimate, found: Found, delta_R: Array) -> Array:
+    """From the centre of the view that was compared to that of the estimate's, camera axes; each side has its own."""
+    asked = registered.reference_at(estimate.delta_R, query.crop.R_virtual_camera)
+    apart: Array = found.reference.offset_object - asked.offset_object
+    return delta_R @ asked.R_camera_object @ apart
 
 
 def depth_known(registered: RegisteredObject) -> bool:
