@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nope_ros.correspondence import CORRESPONDENCE_WEIGHTS, rolled
+from nope_ros.correspondence import CORRESPONDENCE_WEIGHTS, CorrespondenceRefiner, rolled
 from nope_ros.crop import VirtualCamera, depth_through, look_through
 from nope_ros.estimator import PoseEstimator
 from nope_ros.evaluation.meshes import FIRST_UNSEEN_SEED, random_camera
@@ -29,7 +29,7 @@ from nope_ros.models.correspondence import (
     solve,
 )
 from nope_ros.prior import constrained
-from nope_ros.rotations import exp, geodesic_distance, twist
+from nope_ros.rotations import exp, geodesic_distance, look_at, twist
 from nope_ros.training.procedural import procedural_object
 from nope_ros.training.render import render
 from nope_ros.training.render_cache import random_finish, random_lighting
@@ -170,6 +170,41 @@ def test_a_mesh_object_is_found_more_exactly() -> None:
     assert np.median(after) < 0.75 * np.median(before)
     assert np.median(moved) < 0.02
     assert np.median(took) < 0.3
+
+
+def test_matches_and_outline_place_an_object_together() -> None:
+    """Each as far as it is to be trusted: the outline less, the farther the query is from the reference."""
+    estimator = PoseEstimator.from_pretrained(device="cpu")
+    refiner = CorrespondenceRefiner.from_pretrained(device="cpu")
+    mesh = procedural_object(FIRST_UNSEEN_SEED + 2).normalised()[0]
+    down = np.array([0.0, 0.0, -1.0])
+    K = np.array([[600.0, 0, 319.5], [0, 600.0, 239.5], [0, 0, 1]])
+
+    def seen(degrees: float) -> tuple[Frame, np.ndarray]:
+        angle = np.radians(degrees)
+        R, t = look_at(np.array([np.cos(angle), np.sin(angle), 0.5])), np.array([0.0, 0.0, 5.0])
+        view = render(mesh, R, t, K, 640, 480)
+        return Frame.from_arrays(view.rgb, view.mask, K), R @ down
+
+    frame, gravity = seen(0)
+    registered = estimator.register_frame(frame, gravity_camera=gravity, reference_distance=5.0)
+
+    def centre(degrees: float, placed: float) -> np.ndarray:
+        trust = refiner.weights.with_image.model_copy(update={"affine_deg": 180.0, "placed": placed})
+        refiner.weights = refiner.weights.model_copy(update={"with_image": trust})
+        frame, gravity = seen(degrees)
+        query = estimator.look(frame, gravity)
+        refined = refiner.refine(query, registered, estimator.match(query, registered))
+        assert refined is not None and refined.centre is not None
+        return refined.centre
+
+    shares = []
+    for degrees in (5, 60):
+        matched, outlined, together = (centre(degrees, placed) for placed in (1e-6, 1e3, 0.04))
+        along = matched - outlined
+        shares.append(float((together - outlined) @ along / (along @ along)))
+        np.testing.assert_allclose(together, outlined + shares[-1] * along, atol=1e-9)
+    assert 0.2 < shares[0] < 0.6 < shares[1] < 0.95
 
 
 def test_what_is_learned_from_agrees_with_itself(tmp_path: Path) -> None:
