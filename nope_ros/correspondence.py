@@ -85,6 +85,8 @@ class Trust(BaseModel):
         steps: looks at the best.
         support: what the network's log odds of a mode being right count beside the log of its probability: below one,
             as templates and network err alike.
+        from_near: what a mode that looks from near the reference has to do without (log of its probability, times the
+            cosine of the angle between the directions of view): in training, such hypotheses are right more often.
         placed: standard deviation of the object's centre by the matches, relative to its distance; that by its outline
             counts beside it.
     """
@@ -98,6 +100,7 @@ class Trust(BaseModel):
     first_steps: int = Field(default=3, ge=1, le=16)
     steps: int = Field(default=8, ge=1, le=32)
     support: float = Field(default=0.5, ge=0)
+    from_near: float = Field(default=0.0, ge=0)
     placed: float = Field(default=0.03, gt=0)
 
     @property
@@ -161,6 +164,7 @@ class Found:
         modes: all of the estimate's in the order of their probabilities, which are new; the best first.
         tried: those that were compared, with the probabilities that they had.
         support: of each of these.
+        turned: of each of these, the angle between the directions of view of query and reference, radians.
         reference: the object's, with the size and centre that it has in the view that was compared.
         R: (3, 3) from the reference's virtual camera to the query's, after the last step.
         affine_R: (3, 3) the same after what a 2D affine can say.
@@ -174,6 +178,7 @@ class Found:
     modes: tuple[Mode, ...]
     tried: tuple[Mode, ...]
     support: tuple[float, ...]
+    turned: tuple[float, ...]
     reference: ReferencePose
     R: Array
     affine_R: Array
@@ -443,9 +448,14 @@ class CorrespondenceRefiner:
             search = _Search.start(self, reference, seen, R, torch.cat(depths) if depths else None)
             for _ in range(trust.first_steps):
                 search = search.advanced()
-            support = search.step.support.double().cpu().numpy()  # type: ignore[union-attr]
-            weight = trust.support * support if len(tried) > 1 else np.zeros(1)
-            chosen = int(np.argmax(weight + np.log([mode.probability for mode in tried])))
+            assert search.step is not None
+            support = search.step.support.double().cpu().numpy()
+            turned = np.array([registered.turned(mode.R, crop.R_virtual_camera) for mode in tried])
+            weight = trust.support * support - trust.from_near * np.cos(turned)
+            mass = np.array([mode.probability for mode in tried])
+            # Of modes that were not compared, this says nothing.
+            weight -= np.log((mass * np.exp(weight)).sum() / mass.sum())
+            chosen = int(np.argmax(weight + np.log(mass)))
             search = search.only(chosen)
             for _ in range(trust.steps - trust.first_steps):
                 search = search.advanced()
@@ -466,6 +476,7 @@ class CorrespondenceRefiner:
             modes=tuple(ordered),
             tried=tuple(tried),
             support=tuple(support.tolist()),
+            turned=tuple(turned.tolist()),
             reference=best.reference,
             R=R,
             affine_R=affine_R,

@@ -297,7 +297,7 @@ def test_thresholds_are_as_wide_as_they_harm_nobody() -> None:
         sigma = rng.uniform(2, 20)
         offsets = abs(rng.normal()) * sigma
         errors = {"template": error(8.0), "+ affine": error(7.9), "+ offsets": error(offsets)}
-        pairs.append(Pair("", errors, sigma, Compared(np.zeros(1), np.zeros(1), np.ones(1, dtype=bool))))
+        pairs.append(Pair("", errors, sigma, Compared(np.zeros(1), np.zeros(1), np.zeros(1), np.ones(1, dtype=bool))))
     chosen = choose(pairs, 0.08, axes=1)
     assert chosen.worse_percent <= 8
     assert 5 < chosen.offsets_deg < 15
@@ -311,25 +311,30 @@ def test_thresholds_are_as_wide_as_they_harm_nobody() -> None:
 
 
 def test_support_counts_as_much_as_it_tells() -> None:
-    """Fully if its log odds are true and independent of the templates', half if they boast twofold, else not at all."""
+    """Fully if its log odds are true and independent of the templates', half if they boast twofold, else not at all.
+
+    If it prefers what looks from near the reference, that is taken back.
+    """
     rng = np.random.default_rng(0)
 
-    def pairs(boast: float) -> list[Pair]:
+    def pairs(boast: float, from_near: float = 0.0) -> list[Pair]:
         made = []
         for _ in range(3000):
             prior = rng.dirichlet(np.ones(3))
             right = np.arange(3) == rng.choice(3, p=prior)
             # Evidence of unit variance whose mean tells right from wrong by one: its log odds are itself, less a half.
-            support = boast * (rng.normal(size=3) + right)
-            made.append(Pair("", {}, 1.0, Compared(np.log(prior), support, right)))
+            turned = rng.uniform(0, np.pi, 3)
+            support = boast * (rng.normal(size=3) + right) + from_near * np.cos(turned)
+            made.append(Pair("", {}, 1.0, Compared(np.log(prior), support, turned, right)))
         return made
 
-    assert fit_support(pairs(1.0)) == pytest.approx(1.0, abs=0.1)
-    assert fit_support(pairs(2.0)) == pytest.approx(0.5, abs=0.05)
+    assert fit_support(pairs(1.0)) == pytest.approx((1.0, 0.0), abs=0.1)
+    assert fit_support(pairs(2.0)) == pytest.approx((0.5, 0.0), abs=0.1)
+    assert fit_support(pairs(1.0, 1.5)) == pytest.approx((1.0, 1.5), abs=0.15)
     for pair in (nothing := pairs(1.0)):
         rng.shuffle(pair.compared.support)
-    assert fit_support(nothing) < 0.1
-    assert fit_support([]) == 0
+    assert fit_support(nothing)[0] < 0.1
+    assert fit_support([]) == (0, 0)
 
 
 def test_what_is_held_out_is_not_trained_on() -> None:

@@ -72,10 +72,18 @@ class StageError:
 
 @dataclass(frozen=True)
 class Compared:
-    """Modes of the templates that were compared: log of their probabilities, support, and whether right; (M,) each."""
+    """Modes of the templates that were compared, (M,) each.
+
+    Attributes:
+        log_mass: log of their probabilities.
+        support: see ``nope_ros.correspondence``.
+        turned: angle between the directions of view of reference and query, radians.
+        right: whether they are.
+    """
 
     log_mass: Array
     support: Array
+    turned: Array
     right: NDArray[np.bool_]
 
 
@@ -227,7 +235,10 @@ def judge(
     tried = [mode.R @ R_true_reference for mode in found.tried]
     off = np.degrees([evaluated.symmetry.error(R, query.R_camera_object) for R in tried])
     compared = Compared(
-        np.log([mode.probability for mode in found.tried]), np.array(found.support), off < np.degrees(CONFIDENCE_RADIUS)
+        log_mass=np.log([mode.probability for mode in found.tried]),
+        support=np.array(found.support),
+        turned=np.array(found.turned),
+        right=off < np.degrees(CONFIDENCE_RADIUS),
     )
     return Pair(evaluated.name, errors, float(np.degrees(found.sigma)), compared)
 

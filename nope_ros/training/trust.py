@@ -24,9 +24,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
-from scipy.optimize import minimize_scalar
+from scipy.optimize import minimize
 from scipy.special import logsumexp
 
 from nope_ros.correspondence import CORRESPONDENCE_WEIGHTS, CorrespondenceRefiner, Trust
@@ -125,21 +126,21 @@ def choose(pairs: Sequence[Pair], harm: float, *, offsets: bool = True, axes: in
     )
 
 
-def fit_support(pairs: Sequence[Pair]) -> float:
-    """What support counts: the weight under which the right ones of the compared modes are likeliest; at least 0."""
+def fit_support(pairs: Sequence[Pair]) -> tuple[float, float]:
+    """``Trust.support`` and ``Trust.from_near``: with which the right ones of the compared modes are likeliest."""
     decided = [pair.compared for pair in pairs if pair.compared.right.any() and not pair.compared.right.all()]
     if not decided:
-        return 0.0
+        return 0.0, 0.0
 
-    def cost(weight: float) -> float:
+    def cost(weights: NDArray[np.float64]) -> float:
         total = 0.0
         for one in decided:
-            score = one.log_mass + weight * one.support
+            score = one.log_mass + weights[0] * one.support - weights[1] * np.cos(one.turned)
             total += float(logsumexp(score) - logsumexp(score[one.right]))
         return total / len(decided)
 
-    found = minimize_scalar(cost, bounds=(0.0, 2.0), method="bounded")
-    return round(float(found.x), 2)
+    found = minimize(cost, np.array([0.5, 0.0]), bounds=((0.0, 2.0), (0.0, 4.0)))
+    return round(float(found.x[0]), 2), round(float(found.x[1]), 2)
 
 
 def held_out(folder: Path) -> list[str]:
@@ -207,16 +208,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found = [gather(estimator, refiner, prior, given.meshes, keyframes=count, **size) for count in _WALKS]
         return [pair for pairs in found for pair in pairs]
 
-    support = {
+    judged = {
         "with_image": [one for prior in PRIORS for one in gather(estimator, refiner, prior, given.meshes, **anywhere)],
         "with_mesh": gather(estimator, refiner, "free", given.meshes, mesh_templates=True, **size),
         "with_walk": [one for prior in PRIORS for one in walks(prior)],
     }
-    counts = {name: fit_support(pairs) for name, pairs in support.items()}
+    counts = {name: fit_support(pairs) for name, pairs in judged.items()}
     refiner.weights = refiner.weights.model_copy(
         update={
-            name: getattr(refiner.weights, name).model_copy(update={"support": one, "placed": _ALONE})
-            for name, one in counts.items()
+            name: getattr(refiner.weights, name).model_copy(
+                update={"support": support, "from_near": from_near, "placed": _ALONE}
+            )
+            for name, (support, from_near) in counts.items()
         }
     )
     free = gather(estimator, refiner, "free", given.meshes, **size)
@@ -258,7 +261,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     console = Console()
     console.width = max(console.width, 120)
-    console.print(table, f"support counts: {counts}")
+    console.print(table, f"support counts, and from near: {counts}")
     if given.dry_run:
         return
     path, old = given.weights / CONFIG_FILE, refiner.weights
