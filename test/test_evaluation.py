@@ -689,15 +689,15 @@ def test_what_an_ablation_leaves_out(photos, estimator):
     for prior in PRIORS:
         parts = {
             name: [one for one in report.scores if one.method == name and one.protocol == prior]
-            for name in (OURS, GRID_ONLY, NOT_TURNED, BOX_FOR_MASK, NO_PRIOR)
+            for name in (OURS, TEMPLATES_ALONE, GRID_ONLY, NOT_TURNED, BOX_FOR_MASK, NO_PRIOR)
         }
-        for full, grid, turned, boxed, anything in zip(*parts.values(), strict=True):
+        for full, alone, grid, turned, boxed, anything in zip(*parts.values(), strict=True):
             assert full.delta_R != grid.delta_R
             assert full.calibration == grid.calibration
             # A crop is turned by some degrees.
             assert 0.2 < np.degrees(geodesic_distance(full.delta_R, turned.delta_R)) < 10
-            assert full.calibration != boxed.calibration
-            assert (full.delta_R == anything.delta_R) == (prior == "free")
+            assert alone.calibration != boxed.calibration
+            assert (alone.delta_R == anything.delta_R) == (prior == "free")
 
 
 @pytest.fixture(scope="module")

@@ -377,7 +377,8 @@ def methods_for(
     if estimator.refinement != "none":
         methods.append(TemplatesAlone(ours))
     if ablations:
-        methods += [GridOnly(ours), NotTurnedBack(ours), BoxForMask(estimator), NoPrior(estimator)]
+        plain = PoseEstimator(estimator.predictor, estimator.batch_size, "none")  # beside the templates alone
+        methods += [GridOnly(ours), NotTurnedBack(ours), BoxForMask(plain), NoPrior(plain)]
     if baselines:
         methods += plain_baselines(seed)
     return methods

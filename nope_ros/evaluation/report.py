@@ -316,7 +316,10 @@ def _section(
                 rows.append(["" if place else prior, name, str(scores["pairs"]), *cells])
         yield _table([title, "method", "pairs", *_FIELDS], rows)
     if tested.ablations:
-        yield "Ours with a part removed, within 90°, Acc30 and median (modulo symmetry):\n"
+        yield (
+            "Ours with a part removed, within 90°, Acc30 and median (modulo symmetry); the last two are without "
+            "refinement too, to be held against the templates alone:\n"
+        )
         names = [name for name, _ in _methods(ours, tested.protocols[0], "nope_ros")]
         rows = []
         for name in names:

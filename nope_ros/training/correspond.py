@@ -2,9 +2,8 @@
 
 Batches are groups of views of one object, most of them within sight of each other. Depth of the renders tells where
 each cell of one view is in another. A hypothesis is the truth, disturbed as the templates' answers are, or wrong
-altogether, as templates are: from another side, mirrored, half a turn off; then the network has to say so. A pair is
-seen under one of each, and which of the two is right has to be told, as among the modes at run time. As there, the
-query has been rolled to align with the hypothesis, not with the truth.
+altogether, as templates are: from another side, mirrored, half a turn off; then the network has to say so. As at run
+time, the query has been rolled to align with the hypothesis, not with the truth.
 """
 
 from __future__ import annotations
@@ -60,10 +59,6 @@ Array = NDArray[np.float64]
 
 # A hypothesis farther from the truth is wrong; a view rolled by more is not aligned; radians.
 _FAR, _ASKEW = np.radians(30), np.radians(30)
-# What a mode of the templates gathers, radians.
-_NEAR = np.radians(20)
-# A pair of hypotheses that templates tell apart for certain counts this much.
-_LEAST_OPEN = 0.1
 
 CURVES = Curves(
     "loss",
@@ -84,10 +79,11 @@ class CorrespondenceTraining(BaseModel):
     start: str = ""  # folder of weights to go on from
     trunk: str = ""  # else: weights of a rotated latent whose U-Net the trunk starts from; empty: the packaged ones
     train_from: str = "encode3"  # what comes before this in the trunk stays as it was
-    pairs_per_batch: int = 74  # each under a wrong hypothesis, and under a right one if it is aligned with the truth
+    pairs_per_batch: int = 108
     steps: int = 2
     most_apart_deg: float = 75.0  # of pairs that teach places; all teach right from wrong
     hypothesis_deg: tuple[float, float] = (1.0, 11.0)  # standard deviation about each axis
+    wrong_share: float = 0.4
     known_depth_share: float = 0.5  # of the pairs have the reference's true depth, as renders of a mesh have
     close_share: float = 0.5  # of the groups are drawn within close_deg
     close_deg: float = 30.0
@@ -186,7 +182,7 @@ class GroupDataset(PairDataset):
 
 @dataclass(frozen=True)
 class Truth:
-    """P hypotheses of pairs, flattened to indices of views, and what is true of them.
+    """P pairs, flattened to indices of views, and what is true of them.
 
     Attributes:
         reference: (P,) index of the view.
@@ -198,8 +194,6 @@ class Truth:
         hypothesis: (P, 3, 3).
         wrong: (P,) hypotheses that have nothing to do with the truth.
         learned: (P,) pairs within sight of each other whose hypothesis is about right.
-        twin: (T, 2) indices of a right and a wrong hypothesis of one pair.
-        open: (T,) 0..1: how far the templates alone leave open which of the two is right.
     """
 
     reference: Tensor
@@ -211,8 +205,6 @@ class Truth:
     hypothesis: Tensor
     wrong: Tensor
     learned: Tensor
-    twin: Tensor
-    open: Tensor
 
 
 class Templates:
@@ -236,7 +228,7 @@ class Templates:
 
     @in_full
     @torch.no_grad()
-    def wrong(self, latents: Tensor, reference: Tensor, query: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    def wrong(self, latents: Tensor, reference: Tensor, query: Tensor, delta: Tensor) -> Tensor:
         """Rotations (P, 3, 3) at least 30° from the true ones, as probable as the templates find them.
 
         Args:
@@ -244,23 +236,12 @@ class Templates:
             reference: (P,) index of the view.
             query: (P,).
             delta: (P, 3, 3) true.
-
-        Returns:
-            The rotations, and (P,) how far the templates leave open which is right, these or the true ones: 1 where
-            both are as probable, 0 where one is certain.
         """
         shaped = latents.unflatten(1, self.predictor.latent_shape)
         logits = correlation(shaped[query], shaped[reference]) @ self.turns.T / self.predictor.temperature
-        cosine = self._cosine(delta)
-        far = logits.masked_fill(cosine > np.cos(_FAR), -torch.inf)
-        wrong = self.rotations[torch.distributions.Categorical(logits=far).sample()]
-        here = torch.logsumexp(logits.masked_fill(cosine < np.cos(_NEAR), -torch.inf), 1)
-        there = torch.logsumexp(logits.masked_fill(self._cosine(wrong) < np.cos(_NEAR), -torch.inf), 1)
-        share = torch.sigmoid(here - there)
-        return wrong, 4 * share * (1 - share)
-
-    def _cosine(self, R: Tensor) -> Tensor:
-        return (torch.einsum("pij,nij->pn", R, self.rotations) - 1) / 2
+        cosine = (torch.einsum("pij,nij->pn", delta, self.rotations) - 1) / 2
+        logits = logits.masked_fill(cosine > np.cos(_FAR), -torch.inf)
+        return self.rotations[torch.distributions.Categorical(logits=logits).sample()]
 
     def weights(self, hypothesis: Tensor, wrong: Tensor) -> Tensor:
         """What each hypothesis counts (P,), from what was seen so far."""
@@ -295,14 +276,6 @@ def choose_pairs(
     towards = F.normalize(-(R.mT @ t[..., None])[..., 0], dim=-1)
     apart = torch.acos((towards[reference] * towards[query]).sum(-1).clamp(-1, 1))
     chosen = torch.from_numpy(rng.permutation(len(reference))[: config.pairs_per_batch]).to(device)
-    # Under a right hypothesis the query is aligned.
-    aligned = torch.from_numpy(np.abs(twist(delta[chosen].double().cpu().numpy())) < _ASKEW).to(device)
-    right = torch.nonzero(aligned)[:, 0]
-    latents = templates.predictor.encode_pixels(batch.crops.flatten(0, 1))
-    likely, undecided = templates.wrong(latents, reference[chosen], query[chosen], delta[chosen])
-    twin = torch.stack([torch.arange(len(right), device=device), len(right) + right], dim=1)
-    wrong = torch.arange(len(right) + len(chosen), device=device) >= len(right)
-    chosen = torch.cat([chosen[right], chosen])
     apart = apart[chosen]
     reference, query, delta = reference[chosen], query[chosen], delta[chosen]
 
@@ -326,15 +299,21 @@ def choose_pairs(
     on_object = F.avg_pool2d(mask, 2).flatten(1)[reference] > 0.4
     visible = seen & (inside > 0.5) & on_object & coarse.isfinite()
 
-    count, alike = len(right), len(likely)
-    noise = rng.normal(size=(count, 3)) * np.radians(rng.uniform(*config.hypothesis_deg, count))[:, None]
-    unroll = np.zeros((alike, 3))
-    unroll[:, 2] = twist(likely.double().cpu().numpy()) * rng.uniform(0.3, 1, alike)  # as much roll as right ones have
-    spread = np.radians(4) * rng.normal(size=(alike, 3))
+    count = len(chosen)
+    sigma = np.radians(rng.uniform(*config.hypothesis_deg, count))
+    noise = rng.normal(size=(count, 3)) * sigma[:, None]
+    true = delta.double().cpu().numpy()
+    # Under a right hypothesis the query is aligned.
+    wrong = torch.from_numpy((rng.random(count) < config.wrong_share) | (np.abs(twist(true)) > _ASKEW)).to(device)
+    latents = templates.predictor.encode_pixels(batch.crops.flatten(0, 1))
+    likely = templates.wrong(latents, reference, query, delta)
+    unroll = np.zeros((count, 3))
+    unroll[:, 2] = twist(likely.double().cpu().numpy()) * rng.uniform(0.3, 1, count)  # as much roll as right ones have
+    spread = np.radians(4) * rng.normal(size=(count, 3))
     noisy, guess = (torch.from_numpy(exp(one)).float().to(device) for one in (noise, spread - unroll))
-    hypothesis = torch.cat([noisy @ delta[:count], guess @ likely])
+    hypothesis = torch.where(wrong[:, None, None], guess @ likely, noisy @ delta)
     learned = ~wrong & (apart < np.radians(config.most_apart_deg))
-    return Truth(reference, query, pose, points, targets, visible, hypothesis, wrong, learned, twin, undecided[right])
+    return Truth(reference, query, pose, points, targets, visible, hypothesis, wrong, learned)
 
 
 def angle(R_a: Tensor, R_b: Tensor) -> Tensor:
@@ -347,7 +326,7 @@ def angle(R_a: Tensor, R_b: Tensor) -> Tensor:
 class Outcome:
     """A batch's loss, its parts for the log, and the pairs' errors (steps + 1, P), radians, with what was expected.
 
-    ``support`` is (steps, P); ``learned``, ``wrong``, ``twin`` and ``open`` as of ``Truth``.
+    ``support`` is (steps, P); ``learned`` and ``wrong`` as of ``Truth``.
     """
 
     loss: Tensor
@@ -357,8 +336,6 @@ class Outcome:
     support: Tensor
     learned: Tensor
     wrong: Tensor
-    twin: Tensor
-    open: Tensor
     known: Tensor
 
 
@@ -380,7 +357,6 @@ def batch_loss(
     points, valid = points[truth.reference], valid[truth.reference]
     # With a mesh, depth is known. It also lets the rest be learned while depth is still bad.
     known = torch.from_numpy(rng.random(len(points)) < config.known_depth_share).to(points.device)
-    known[truth.twin[:, 0]] = known[truth.twin[:, 1]]
     measured = known[:, None] & truth.points[..., 2].isfinite()
     points = torch.where(measured[..., None], truth.points.nan_to_num(0), points)
     valid = valid & (measured | ~known[:, None])
@@ -393,8 +369,6 @@ def batch_loss(
     weight = visible.float() / visible.sum().clamp(min=1)
     errors, expected, support = [angle(pose.R, truth.pose.R).detach()], [], []
     about_right, counts = (~truth.wrong).float(), templates.weights(truth.hypothesis, truth.wrong)
-    contrast = counts[truth.twin[:, 1]] * truth.open.clamp(min=_LEAST_OPEN)
-    contrast = contrast / contrast.sum()
     loss = 2.0 * loss_z + 0.2 * loss_match
     parts = {"z": loss_z.item(), "match": loss_match.item()}
     for number in range(config.steps):
@@ -407,16 +381,12 @@ def batch_loss(
         expected.append(step.log_sigma.detach())
         support.append(step.support.detach())
         loss_support = F.binary_cross_entropy_with_logits(step.support, about_right, counts)
-        # Of two hypotheses of one pair, the right one is to be told, most of all where templates cannot.
-        ahead = step.support[truth.twin[:, 0]] - step.support[truth.twin[:, 1]]
-        loss_ahead = (F.softplus(-ahead) * contrast).sum()
         # Laplace: sigma is the error to expect.
         loss_sigma = (step.log_sigma + error.detach() * (-step.log_sigma).exp()).mean()
         moved = (step.pose.shift - truth.pose.shift).norm(dim=1) + (step.pose.log_scale - truth.pose.log_scale).abs()
         loss_pose = ((4 * error + 2 * moved) * right).sum() / right.sum().clamp(min=1)
         late = 0.5 if number == 0 else 1.0
-        loss_judge = 0.1 * loss_sigma + 0.3 * loss_support + loss_ahead
-        loss = loss + late * (2 * loss_flow + loss_depth + loss_pose + loss_judge)
+        loss = loss + late * (2 * loss_flow + loss_depth + loss_pose + 0.1 * loss_sigma + 0.5 * loss_support)
         errors.append(error.detach())
         parts[f"flow{number}"] = loss_flow.item()
         parts[f"error{number}"] = float(np.degrees(error[right & ~known].median().item()))
@@ -424,11 +394,9 @@ def batch_loss(
         pose, points = step.pose.detach(), step.points.detach()
     parts["start"] = float(np.degrees(errors[0][right].median().item()))
     parts["moved"] = moved[right].median().item()
-    parts["sigma"], parts["support"], parts["ahead"] = loss_sigma.item(), loss_support.item(), loss_ahead.item()
+    parts["sigma"], parts["support"] = loss_sigma.item(), loss_support.item()
     told = torch.stack(errors), torch.stack(expected), torch.stack(support)
-    return Outcome(
-        loss, {"loss": loss.item(), **parts}, *told, truth.learned, truth.wrong, truth.twin, truth.open, known
-    )
+    return Outcome(loss, {"loss": loss.item(), **parts}, *told, truth.learned, truth.wrong, known)
 
 
 def _match_loss(cosines: Tensor, truth: Truth, most: int = 1500) -> Tensor:
@@ -463,10 +431,6 @@ def validate(
         told = torch.cat([one.support[number] for one in outcomes])
         # How often a right hypothesis has more support than a wrong one.
         row[f"told_apart{number}"] = (told[~wrong][:, None] > told[wrong]).float().mean().item() * 100
-        # And of two of one pair, where templates leave it open.
-        right, other = (torch.cat([one.support[number][one.twin[:, kind]] for one in outcomes]) for kind in (0, 1))
-        counts = torch.cat([one.open for one in outcomes])
-        row[f"chosen{number}"] = (((right > other) * counts).sum() / counts.sum()).item() * 100
     sure = sigma < sigma.median()
     row["median_sure_half"] = final[sure].median().rad2deg().item()
     return row
