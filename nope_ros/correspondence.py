@@ -119,8 +119,8 @@ class CorrespondenceWeights(BaseModel):
         with_mesh: when to believe the network where depth is known, as of a mesh.
         with_depth: the same where a depth camera saw the reference, so that it is known of one side only.
         with_image: and where it is predicted.
-        with_walk: the same, where a walk showed the object from many sides, the nearest of which is compared. Unless the
-            model card says otherwise, all are fitted on held-out objects of the training side.
+        with_walk: the same, where a walk showed the object from many sides, the nearest of which is compared. All are
+            fitted on held-out objects of the training side, unless the model card says otherwise.
         licence: of the weights, an SPDX identifier.
         training: how they came about.
     """
