@@ -380,14 +380,15 @@ def plan_keyframes(
     t, radius = None, None
     # Without positions each camera looks at the centre, from where the object's circle has the radius one.
     axes = np.stack([view.crop.R_virtual_camera[2] for view in views])
-    translations = axes / np.array([view.crop.angular_radius for view in views])[:, None]
+    angular_radius = np.array([view.crop.angular_radius for view in views])
+    translations = axes / angular_radius[:, None]
     if given:
         translations = np.stack([_pose(view)[1] for view in views]) + rotations @ origin
         t = translations[0]
-        distances = (axes * translations).sum(axis=1)
-        radius = float(np.median(distances * [view.crop.angular_radius for view in views]))
-    hull = outline_radii(views, R_camera_object, translations)
     distance = (axes * translations).sum(axis=1)
+    if given:
+        radius = float(np.median(distance * angular_radius))
+    hull = outline_radii(views, R_camera_object, translations)
     from_circle = translations - distance[:, None] * axes  # to the origin, camera axes
     provenance = Provenance(
         poses="given" if given else "estimated",
@@ -416,7 +417,7 @@ def plan_keyframes(
         crops=np.stack([np.dstack([view.crop.image, view.crop.mask]) for view in views]),
         seen_at=hull_pixels(views, R_camera_object, translations, hull),
         distance=distance,
-        angular_radius=np.array([view.crop.angular_radius for view in views]),
+        angular_radius=angular_radius,
         offset_object=np.einsum("kji,kj->ki", R_camera_object, from_circle),
     )
     return Plan(keyframes, tuple(views), R_camera_object[0], t, radius, how != "image")

@@ -84,10 +84,8 @@ def _answer(estimate: PoseEstimate) -> Answer:
     return Answer(estimate.delta_R, estimate.distribution, estimate.t_camera_object, estimate.confidence)
 
 
-class TemplatesAlone:
-    """Ours without refinement."""
-
-    name = TEMPLATES_ALONE
+class _OfOurs:
+    """Ours but for the answer, which is made from what ours said."""
 
     def __init__(self, ours: EstimatorMethod) -> None:
         self.ours = ours
@@ -95,6 +93,12 @@ class TemplatesAlone:
     def register(self, reference: Observation, R_camera_object: Array, t_camera_object: Array) -> Any:
         """As ours."""
         return self.ours.register(reference, R_camera_object, t_camera_object)
+
+
+class TemplatesAlone(_OfOurs):
+    """Ours without refinement."""
+
+    name = TEMPLATES_ALONE
 
     def estimate(self, registered: list[Any], query: Observation, prior: Prior) -> list[Answer]:
         """Ours, as it was before."""
@@ -102,17 +106,10 @@ class TemplatesAlone:
         return self.ours.matched
 
 
-class GridOnly:
+class GridOnly(_OfOurs):
     """Ours, but the answer is the most probable rotation of the grid, not the mean of the peak that holds most mass."""
 
     name = GRID_ONLY
-
-    def __init__(self, ours: EstimatorMethod) -> None:
-        self.ours = ours
-
-    def register(self, reference: Observation, R_camera_object: Array, t_camera_object: Array) -> Any:
-        """As ours."""
-        return self.ours.register(reference, R_camera_object, t_camera_object)
 
     def estimate(self, registered: list[Any], query: Observation, prior: Prior) -> list[Answer]:
         """Ours, with another rotation."""
