@@ -453,8 +453,8 @@ class CorrespondenceRefiner:
             turned = np.array([registered.turned(mode.R, crop.R_virtual_camera) for mode in tried])
             weight = trust.support * support - trust.from_near * np.cos(turned)
             mass = np.array([mode.probability for mode in tried])
-            # Of modes that were not compared, this says nothing.
-            weight -= np.log((mass * np.exp(weight)).sum() / mass.sum())
+            # Of modes that were not compared, this says nothing; of a single one neither, to the last bit.
+            weight -= np.log((mass * np.exp(weight)).sum() / mass.sum()) if len(tried) > 1 else weight
             chosen = int(np.argmax(weight + np.log(mass)))
             search = search.only(chosen)
             for _ in range(trust.steps - trust.first_steps):
