@@ -430,7 +430,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tracking", action="store_true", help="follow the object over the frames, not each alone")
     parser.add_argument("--weights", default="", help="folder of weights; the packaged ones if it is left out")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (%(default)s)")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads of the network; 0: PyTorch's choice")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads of the network; 0: half of the cores")
     parser.add_argument("--frames", type=int, help="play at most this many, spread over the sequence")
     parser.add_argument("--reference", type=int, default=0, help="which frame of a folder to register (%(default)s)")
     parser.add_argument("--reference-distance", type=float, help="metres from the camera to the object in that frame")

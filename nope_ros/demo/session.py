@@ -64,7 +64,7 @@ class Options:
         prior: None lets the node choose; "free" also keeps gravity back.
         weights: folder; empty: the packaged ones.
         device: see the node's parameter.
-        threads: CPU threads; 0: PyTorch's choice.
+        threads: CPU threads; 0: half of the cores.
         reference_distance: metres; None: from the truth of the first frame if there is one.
         refinement: see the node's parameter.
         tracking: whether the node follows the object.

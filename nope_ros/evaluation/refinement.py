@@ -303,7 +303,7 @@ are often wrong, more of them are right. Within a mode it gains centre and scale
 
 Synthesis climbs on the same likelihood that the templates sample, and the mean of the templates around the best one is
 below their grid already. A climb that gains little is as often wrong as right, so it is taken back, and most poses stay
-as they were. It is there for predictors whose grid is coarse; the node's default is `none`.
+as they were. It is there for predictors whose grid is coarse; the default is `correspondence`.
 
 Tracking is another matter: with the camera's motion known (`tracking.fixed_frame`) views from several sides add up.
 Belief is a sum of harmonics over all rotations, which a known motion turns exactly, so steps cost no sharpness. Most is

@@ -82,11 +82,12 @@ class Scene:
     instances: dict[int, Frame]
 
 
-_DEFAULT_THREADS = torch.get_num_threads()
+# A camera, DDS and other nodes want cores too, and a network that waits for all its threads waits for the last.
+_DEFAULT_THREADS = max(1, torch.get_num_threads() // 2)
 
 
 def use_threads(count: int) -> None:
-    """Let the calling thread compute with so many; 0: PyTorch's own choice. OpenMP keeps the number by thread."""
+    """Let the calling thread compute with so many; 0: half of the cores. OpenMP keeps the number by thread."""
     torch.set_num_threads(count or _DEFAULT_THREADS)
 
 

@@ -24,7 +24,6 @@ from diagnostic_msgs.msg import DiagnosticArray
 from rclpy.callback_groups import CallbackGroup, MutuallyExclusiveCallbackGroup
 from rclpy.clock import Clock, ClockType
 from rclpy.exceptions import ParameterException
-from rclpy.executors import MultiThreadedExecutor
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.parameter import Parameter
 from rclpy.publisher import Publisher
@@ -42,7 +41,7 @@ from nope_ros.node.gravity import Gravity, ImuGravity, ImuSample
 from nope_ros.node.health import FrameTimes, Health, Meter, Rates, Sighting, Times
 from nope_ros.node.outputs import Outputs
 from nope_ros.node.pairing import Kind, Match, Pairing
-from nope_ros.node.process import stop_signal
+from nope_ros.node.process import PatientExecutor, stop_signal
 from nope_ros.node.registration import register, register_mesh, requested_match
 from nope_ros.node.stream import StreamRegistration
 from nope_ros.srv import ListObjects, RegisterFromStream, RegisterObject, UnregisterObject
@@ -133,7 +132,6 @@ class NopeNode(LifecycleNode):
         self._outputs: dict[topics.Endpoint, Publisher[Any]] = {}
         self._inputs: dict[Kind, Any] = {}
         self._retired: deque[Callable[[], object]] = deque()
-        self._input_group = MutuallyExclusiveCallbackGroup()
         self._use_parameters([])
 
         self._broadcaster = tf.broadcaster(self)
@@ -296,7 +294,8 @@ class NopeNode(LifecycleNode):
             topic,
             callback,
             topics.input_qos(),
-            callback_group=self._input_group,
+            # Of its own: rclpy's executor tries again and again what has to wait for others of its group.
+            callback_group=MutuallyExclusiveCallbackGroup(),
             qos_overriding_options=_overridable(),
         )
 
@@ -663,7 +662,7 @@ def main(arguments: list[str] | None = None) -> int:
         rclpy.logging.get_logger("nope").fatal(str(error))
         rclpy.shutdown()
         return 1
-    executor = MultiThreadedExecutor(num_threads=_THREADS)
+    executor = PatientExecutor(num_threads=_THREADS)
     executor.add_node(node)
     if node.get_parameter("autostart").value:
         node.start()

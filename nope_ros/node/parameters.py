@@ -151,7 +151,7 @@ class Settings:
     batch_size: int = _parameter(
         256, "Most templates predicted at a time; bounds memory.", low=1, high=65536, change="while inactive"
     )
-    threads: int = _parameter(0, "CPU threads of the network. 0: PyTorch's own choice.", low=0, high=256)
+    threads: int = _parameter(0, "CPU threads of the network. 0: half of the cores; others work too.", low=0, high=256)
     compressed: bool = _parameter(
         False, "Subscribe to image/compressed (JPEG or PNG) in place of image.", change="at start"
     )

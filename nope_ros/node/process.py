@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Callable
+from typing import Any
 
 import rclpy
-from rclpy.executors import SingleThreadedExecutor
+from rclpy.executors import MultiThreadedExecutor, SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.signals import SignalHandlerOptions
 
@@ -20,6 +22,26 @@ def stop_signal() -> threading.Event:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     return stop
+
+
+class PatientExecutor(MultiThreadedExecutor):
+    """An executor of several threads that hands each of them its work once.
+
+    rclpy's hands a callback to the pool again and again until a thread has begun it, without a pause, and so keeps
+    that thread, and the one that estimates, from Python's global lock: large images made the node ten times slower.
+    """
+
+    _handed_over: Any = None
+
+    def wait_for_ready_callbacks(self, *args: Any, **options: Any) -> Any:
+        """As rclpy's, once the last one has begun; not for ever, as one that awaits something seems not to have."""
+        limit = time.monotonic() + 0.1
+        last = self._handed_over
+        while last is not None and not (last.executing() or last.done()) and time.monotonic() < limit:
+            time.sleep(1e-4)
+        found = super().wait_for_ready_callbacks(*args, **options)
+        self._handed_over = found[0]
+        return found
 
 
 def run(name: str, make: Callable[[], Node], arguments: list[str] | None) -> int:
