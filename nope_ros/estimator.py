@@ -81,7 +81,10 @@ class RegisteredObject:
     @cached_property
     def free_bank(self) -> Bank:
         """Templates for any rotation; predicted when first asked for, as an object with gravity may never need them."""
-        return self.bank(free_rotations())
+        latent = self.latent
+        if self.sides is None and isinstance(self.predictor, RotatedLatentPredictor):
+            latent = self.predictor.encode_any_roll(self.thumbnail, self.mask)
+        return self.bank(free_rotations(), latent)
 
     @cached_property
     def upright_bank(self) -> Bank:
@@ -90,12 +93,15 @@ class RegisteredObject:
             raise InputError(f"object '{self.object_id}' was registered without gravity")
         return self.bank(upright_rotations(self.gravity_virtual))
 
-    def bank(self, rotations: Array) -> Bank:
-        """What the object looks like at rotations (N, 3, 3) from the reference's virtual camera."""
+    def bank(self, rotations: Array, latent: Tensor | None = None) -> Bank:
+        """What the object looks like at rotations (N, 3, 3) from the reference's virtual camera.
+
+        Of one reference view, ``latent`` (D,) may take the place of its own.
+        """
         if self.rendered is not None:
             return self.rendered.bank(self.predictor, rotations, self.R_virtual_camera @ self.reference.R_camera_object)
         if self.keyframes is None:
-            return predict_bank(self.predictor, self.latent, rotations, self.batch_size)
+            return predict_bank(self.predictor, self.latent if latent is None else latent, rotations, self.batch_size)
         views = self.keyframes.R_virtual_object @ self.keyframes.R_virtual_object[0].T
         return predict_bank(
             self.predictor, self.keyframes.latents, rotations, self.batch_size, views, self.keyframes.normalised
@@ -166,12 +172,12 @@ class RegisteredObject:
         with stage("pose"):
             return self._egocentric(query, prior, possible, match.log_likelihood), match.similarity
 
-    def harmonics(self, query: Query) -> Tensor | None:
+    def harmonics(self, query: Query, prior: Prior) -> Tensor | None:
         """What a query says of every rotation between the virtual cameras, as coefficients of ``flatten_d``.
 
         None where the log-likelihood is no such sum: with keyframes, renders, a predictor whose latent does not turn.
         """
-        bank = self.first_bank
+        bank = self.free_bank if prior == "free" else self.first_bank
         return bank.harmonics(query.latent, self.temperature) if isinstance(bank, HarmonicBank) else None
 
     def distribution_of(self, harmonics: Tensor, query: Query, prior: Prior) -> RotationDistribution:

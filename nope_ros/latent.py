@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, S
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -36,6 +37,7 @@ from nope_ros.frame import InputError
 from nope_ros.harmonics import rotate, wigner_d
 from nope_ros.models.rotated_latent import RotatedLatentConfig, RotatedLatentNetwork, as_template
 from nope_ros.prior import PRIORS, Prior
+from nope_ros.rotations import exp
 
 if TYPE_CHECKING:  # diffusers takes seconds to import; who uses the rotated latent need not wait
     from nope_ros.models.paper_unet import PaperUNet
@@ -399,6 +401,18 @@ class RotatedLatentPredictor(NetworkPredictor):
     def latent_shape(self) -> tuple[int, int]:
         """((L+1)², channels)."""
         return (self.network.config.bandwidth + 1) ** 2, self.network.config.channels
+
+    def encode_any_roll(self, image: NDArray[np.uint8], mask: NDArray[np.uint8]) -> Tensor:
+        """The mean of the latents (D,) of a crop (S, S, 3), (S, S) rolled by quarter turns, each turned back exactly.
+
+        The network has to learn what a roll does to a crop, and has not quite. Where queries come with any roll, the
+        mean is what they resemble most; where they are level, the latent of the level crop is.
+        """
+        crop = torch.from_numpy(np.dstack([image, mask])).permute(2, 0, 1)
+        latents = self.encode_pixels(torch.stack([torch.rot90(crop, quarter, (1, 2)) for quarter in range(4)]))
+        back = exp(np.array([[0.0, 0.0, quarter * np.pi / 2] for quarter in range(4)]))
+        blocks = wigner_d(torch.from_numpy(back).to(latents), self.network.config.bandwidth)
+        return rotate(latents.unflatten(1, self.latent_shape), blocks).mean(dim=0).flatten()
 
     def _encode_batch(self, crops: Tensor) -> Tensor:
         latents: Tensor = self.network(crops)

@@ -139,7 +139,7 @@ class Tracker:
                 None if it is not known.
         """
         alone = estimate.distribution
-        told: Tensor | _Grid | None = registered.harmonics(query)
+        told: Tensor | _Grid | None = registered.harmonics(query, estimate.prior)
         if told is None:
             told = _Grid(alone.rotations, alone.probabilities, R_fixed_camera, query.crop.R_virtual_camera)
         before = self._beliefs.get(registered.object_id)

@@ -66,6 +66,14 @@ def test_an_object_takes_kilobytes_and_shares_what_rotations_need(estimator):
     assert first.free_bank.turns is second.free_bank.turns
 
 
+def test_templates_for_any_roll_are_of_the_reference_under_every_roll(estimator):
+    known, unknown = estimator.register(*seen(), gravity_camera=gravity()), estimator.register(*seen())
+    assert torch.equal(known.upright_bank.latent.flatten(), known.latent)
+    rolled = estimator.predictor.encode_any_roll(unknown.thumbnail, unknown.mask)
+    torch.testing.assert_close(unknown.free_bank.latent.flatten(), rolled)
+    assert not torch.allclose(rolled, unknown.latent, atol=1e-2 * float(rolled.abs().max()))
+
+
 def test_matching_without_templates_is_matching_with_them(estimator):
     latent = estimator.register(*seen()).latent
     query = estimator.register(*seen(look_at(np.array([0.5, 0.9, 0.2])))).latent

@@ -182,6 +182,18 @@ def test_rotations_compose() -> None:
     assert torch.allclose(predicted, as_template(at_once).flatten(), atol=1e-4)
 
 
+def test_a_latent_of_any_roll_turns_with_its_crop() -> None:
+    """Seen after a quarter turn it is the same, turned: what the network makes of a crop alone need not be."""
+    predictor = _rotated()
+    crop = _crops(1)[0]
+    before = predictor.encode_any_roll(crop.image, crop.mask).reshape(1, *predictor.latent_shape)
+    image, mask = np.rot90(crop.image).copy(), np.rot90(crop.mask).copy()
+    after = predictor.encode_any_roll(image, mask).reshape(before.shape)
+    quarter = torch.tensor([[[0.0, 1.0, 0.0], [-1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]])  # counterclockwise; y is down
+    assert torch.allclose(turned(before, quarter), after, atol=1e-4 * before.abs().max())
+    assert not torch.allclose(before, after, atol=1e-2 * before.abs().max())
+
+
 def test_turning_keeps_the_norm() -> None:
     predictor = _rotated()
     latent = predictor.encode(_crops(1))[0]

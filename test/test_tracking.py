@@ -21,7 +21,7 @@ from nope_ros.models.rotated_latent import (
     flatten_d,
     turn_harmonics,
 )
-from nope_ros.prior import PRIORS, upright_rotations
+from nope_ros.prior import PRIORS, free_rotations, upright_rotations
 from nope_ros.rotations import exp, geodesic_distance, look_at
 from nope_ros.tracking import Tracker
 
@@ -54,7 +54,9 @@ def registered(estimator):
     latent = torch.zeros(estimator.predictor.latent_shape)
     for part in degree_slices(8):
         latent[part, : part.stop - part.start] = torch.eye(part.stop - part.start)
-    return replace(thing, latent=latent.flatten())
+    thing = replace(thing, latent=latent.flatten())
+    thing.__dict__["free_bank"] = thing.bank(free_rotations())  # not of the crop under other rolls
+    return thing
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +65,7 @@ def on_grid(registered):
     thing = replace(registered)
     bank = TemplateBank.predict(thing.predictor, thing.latent, upright_rotations(thing.gravity_virtual))
     thing.__dict__["upright_bank"] = bank
-    assert thing.harmonics(None) is None
+    assert thing.harmonics(None, "upright") is None
     return thing
 
 

@@ -151,8 +151,7 @@ def mask_array(message: Image) -> NDArray[np.uint16]:
 
 def instances(ids: NDArray[np.uint16], at_most: int) -> Sequence[int]:
     """The instance ids of a mask, the largest ones first."""
-    counts = np.bincount(ids.ravel())
-    counts[0] = 0
+    counts = np.bincount(ids[ids > 0])  # of all of a large image it would take three times as long
     order = np.argsort(-counts, kind="stable")[:at_most]
     return [int(instance) for instance in order if counts[instance] > 0]
 

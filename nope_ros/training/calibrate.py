@@ -233,7 +233,10 @@ def _look(
         image = np.ascontiguousarray(made.crop.transpose(1, 2, 0))
         crops.append(Crop(image[..., :3], image[..., 3], np.eye(3), np.eye(3), 0.1, level))
         rotations.append(made.R_virtual_object)
-    return predictor.encode(crops), rotations
+    latents = predictor.encode(crops)
+    if not level and isinstance(predictor, RotatedLatentPredictor):  # the first is the reference
+        latents[0] = predictor.encode_any_roll(crops[0].image, crops[0].mask)
+    return latents, rotations
 
 
 _STEP_SECONDS = 0.5
