@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 from nope_ros.depth import Fit, fit, sampled
@@ -512,7 +513,9 @@ class CorrespondenceRefiner:
         x, y = pose.shift[0].double().cpu().numpy()
         z = float(torch.exp(-pose.log_scale[0])) / rho
         unit = hypothesis.reference.distance * hypothesis.reference.angular_radius
-        R = unroll @ pose.R[0].double().cpu().numpy() @ hypothesis.R_view
+        # A product of rotations in single precision is one to six digits.
+        turn = Rotation.from_matrix(pose.R[0].double().cpu().numpy()).as_matrix()
+        R = unroll @ turn @ hypothesis.R_view
         return R, unroll @ np.array([x, y, z]) * unit
 
     def _view(self, rgba: NDArray[np.uint8], rho: float) -> Views:

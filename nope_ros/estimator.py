@@ -84,6 +84,9 @@ class RegisteredObject:
         latent = self.latent
         if self.sides is None and isinstance(self.predictor, RotatedLatentPredictor):
             latent = self.predictor.encode_any_roll(self.thumbnail, self.mask)
+            # Degree 0 does not turn: it tells objects apart, under every prior alike.
+            channels = self.predictor.latent_shape[1]
+            latent[:channels] = self.latent[:channels]
         return self.bank(free_rotations(), latent)
 
     @cached_property
