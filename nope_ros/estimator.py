@@ -83,10 +83,7 @@ class RegisteredObject:
         """Templates for any rotation; predicted when first asked for, as an object with gravity may never need them."""
         latent = self.latent
         if self.sides is None and isinstance(self.predictor, RotatedLatentPredictor):
-            latent = self.predictor.encode_any_roll(self.thumbnail, self.mask)
-            # Degree 0 does not turn: it tells objects apart, under every prior alike.
-            channels = self.predictor.latent_shape[1]
-            latent[:channels] = self.latent[:channels]
+            latent = self.predictor.of_any_roll(self.latent, self.thumbnail, self.mask)
         return self.bank(free_rotations(), latent)
 
     @cached_property

@@ -402,17 +402,26 @@ class RotatedLatentPredictor(NetworkPredictor):
         """((L+1)², channels)."""
         return (self.network.config.bandwidth + 1) ** 2, self.network.config.channels
 
-    def encode_any_roll(self, image: NDArray[np.uint8], mask: NDArray[np.uint8]) -> Tensor:
-        """The mean of the latents (D,) of a crop (S, S, 3), (S, S) rolled by quarter turns, each turned back exactly.
+    def of_any_roll(self, latent: Tensor, image: NDArray[np.uint8], mask: NDArray[np.uint8]) -> Tensor:
+        """The mean of a crop's latent (D,) and those of the crop rolled by quarter turns, each turned back exactly.
 
         The network has to learn what a roll does to a crop, and has not quite. Where queries come with any roll, the
-        mean is what they resemble most; where they are level, the latent of the level crop is.
+        mean is what they resemble most; where they are level, the latent of the level crop is. Degree 0, which does not
+        turn and tells objects apart, stays the crop's own.
+
+        Args:
+            latent: (D,) of the crop.
+            image: (S, S, 3) of it.
+            mask: (S, S).
         """
         crop = torch.from_numpy(np.dstack([image, mask])).permute(2, 0, 1)
-        latents = self.encode_pixels(torch.stack([torch.rot90(crop, quarter, (1, 2)) for quarter in range(4)]))
-        back = exp(np.array([[0.0, 0.0, quarter * np.pi / 2] for quarter in range(4)]))
-        blocks = wigner_d(torch.from_numpy(back).to(latents), self.network.config.bandwidth)
-        return rotate(latents.unflatten(1, self.latent_shape), blocks).mean(dim=0).flatten()
+        rolled = self.encode_pixels(torch.stack([torch.rot90(crop, quarter, (1, 2)) for quarter in (1, 2, 3)]))
+        back = exp(np.array([[0.0, 0.0, quarter * np.pi / 2] for quarter in (1, 2, 3)]))
+        blocks = wigner_d(torch.from_numpy(back).to(rolled), self.network.config.bandwidth)
+        own = latent.reshape(1, *self.latent_shape)
+        mean = torch.cat([own, rotate(rolled.unflatten(1, self.latent_shape), blocks)]).mean(dim=0)
+        mean[0] = own[0, 0]
+        return mean.flatten()
 
     def _encode_batch(self, crops: Tensor) -> Tensor:
         latents: Tensor = self.network(crops)

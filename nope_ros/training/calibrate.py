@@ -235,7 +235,7 @@ def _look(
         rotations.append(made.R_virtual_object)
     latents = predictor.encode(crops)
     if not level and isinstance(predictor, RotatedLatentPredictor):  # the first is the reference
-        latents[0] = predictor.encode_any_roll(crops[0].image, crops[0].mask)
+        latents[0] = predictor.of_any_roll(latents[0], crops[0].image, crops[0].mask)
     return latents, rotations
 
 
