@@ -82,7 +82,8 @@ class RegisteredObject:
     def free_bank(self) -> Bank:
         """Templates for any rotation; predicted when first asked for, as an object with gravity may never need them."""
         latent = self.latent
-        if self.sides is None and isinstance(self.predictor, RotatedLatentPredictor):
+        one_view = self.keyframes is None and self.rendered is None
+        if one_view and isinstance(self.predictor, RotatedLatentPredictor):
             latent = self.predictor.of_any_roll(self.latent, self.thumbnail, self.mask)
         return self.bank(free_rotations(), latent)
 

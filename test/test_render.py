@@ -10,7 +10,7 @@ import pytest
 from nope_ros.training import render_cache
 from nope_ros.training.mesh import load_mesh, make_mesh
 from nope_ros.training.procedural import procedural_object
-from nope_ros.training.render import Lighting, render
+from nope_ros.training.render import Lighting, ShadowMaps, all_around, render
 
 FLAT = Lighting.uniform()
 K = np.array([[140.0, 0, 63.5], [0, 150.0, 60.0], [0, 0, 1]])
@@ -287,3 +287,95 @@ def test_renders_are_fast_enough_to_train_on():
         render(mesh, R, (0, 0, 3), K, 128, 128)
         best = min(best, time.perf_counter() - started)
     assert best < 0.02  # 1.5 ms where it was written; a busy machine may take longer
+
+
+def joined(*parts):
+    vertices, faces = zip(*((mesh.vertices, mesh.faces) for mesh in parts), strict=True)
+    starts = np.cumsum([0, *(len(one) for one in vertices)])
+    return make_mesh(
+        np.concatenate(vertices), np.concatenate([f + start for f, start in zip(faces, starts, strict=False)])
+    )
+
+
+def moved(mesh, t):
+    return make_mesh(mesh.vertices + np.asarray(t), mesh.faces)
+
+
+DOWN = np.diag([1.0, -1, -1])
+"""R_camera_object of a camera above the object that looks down on it."""
+
+
+def test_a_shadow_lies_where_the_light_throws_it():
+    mesh = joined(square(2.0), moved(square(0.4), (0, 0, 0.5)))
+    towards = np.array([[0.5, 0.25, 1.0]]) / np.linalg.norm([0.5, 0.25, 1.0])
+    light = Lighting(
+        directions=(towards @ DOWN.T).astype(np.float32),
+        colours=np.full((1, 3), 0.5, np.float32),
+        ambient_sky=(0.1, 0.1, 0.1),
+        ambient_ground=(0.1, 0.1, 0.1),
+        specular=0.0,
+    )
+    K = np.array([[200.0, 0, 79.5], [0, 200.0, 79.5], [0, 0, 1]])
+    t = np.array([0, 0, 4.0])
+    bright = render(mesh, DOWN, t, K, 160, 160, lighting=light).rgb.astype(int)
+    shadows = ShadowMaps.of(mesh, towards, 128)
+    shaded = render(mesh, DOWN, t, K, 160, 160, lighting=replace(light, shadows=shadows)).rgb.astype(int)
+    dark = (bright - shaded).max(axis=2) > 20
+    v, u = np.nonzero(dark)
+    # The plate is 0.5 above the floor: its shadow lies half as far aside as the light stands, and some is hidden by it.
+    corners = np.array([[x, y, 0.5] for x in (-0.2, 0.2) for y in (-0.2, 0.2)]) - 0.5 * towards[0] / towards[0, 2]
+    expected = project(corners, DOWN, t, K)
+    assert abs(u.min() - expected[:, 0].min()) < 2.5
+    assert abs(v.max() - expected[:, 1].max()) < 2.5
+    floor = np.array([-0.3, -0.2, 0.0])  # in the middle of the shadow's free part
+    x, y = np.round(project(floor[None], DOWN, t, K)[0]).astype(int)
+    assert dark[y, x]
+    x, y = np.round(project(np.array([[0.6, 0.6, 0.0], [0, 0, 0.5]]), DOWN, t, K)).astype(int).T
+    assert not dark[y, x].any()  # the other side of the floor, and the plate itself
+
+
+def test_nothing_shades_a_convex_object():
+    vertices, faces, colours = box((1.0, 0.8, 0.6), (0, 0, 0), (200, 200, 200))
+    mesh = make_mesh(vertices, faces, colours=colours.astype(np.uint8))
+    rng = np.random.default_rng(3)
+    for _ in range(5):
+        R = random_rotation(rng)
+        plain = Lighting()
+        shadows = ShadowMaps.of(mesh, plain.directions @ R, 128)
+        assert np.allclose(np.linalg.norm(shadows.directions, axis=1), 1, atol=1e-5)
+        t = np.array([0, 0, 4.0])
+        a = render(mesh, R, t, K, 128, 128, lighting=plain).rgb.astype(int)
+        b = render(mesh, R, t, K, 128, 128, lighting=replace(plain, shadows=shadows)).rgb.astype(int)
+        assert np.mean(np.abs(a - b).max(axis=2) > 12) < 0.01  # but for what runs along an edge
+
+
+def test_a_corner_is_darker_than_an_open_side():
+    """Light from all around: between two walls half of it is hidden, at a convex object's faces none."""
+    wall = make_mesh(np.array([[0, -1, 0], [0, 1, 0], [0, 1, 2], [0, -1, 2.0]]), np.array([[0, 1, 2], [0, 2, 3]]))
+    floor = make_mesh(np.array([[0, -1, 0], [2, -1, 0], [2, 1, 0], [0, 1, 0.0]]), np.array([[0, 1, 2], [0, 2, 3]]))
+    mesh = joined(wall, floor)
+    one, none = (0.5, 0.5, 0.5), np.zeros((0, 3), np.float32)
+    even = Lighting(directions=none, colours=none, ambient_sky=one, ambient_ground=one, specular=0.0)
+    around = ShadowMaps.of(mesh, all_around(64), 64)
+    light = replace(even, around=around, patches=np.ones(64, np.float32))
+    R, t = DOWN, np.array([-1.0, 0, 4.0])
+    K = np.array([[150.0, 0, 79.5], [0, 150.0, 79.5], [0, 0, 1]])
+
+    def brightness(point, lighting):  # linear; the renderer's shoulder is above this
+        x, y = np.round(project(np.array([point]), R, t, K)[0]).astype(int)
+        patch = render(mesh, R, t, K, 160, 160, lighting=lighting).rgb[y - 2 : y + 3, x - 2 : x + 3] / 255
+        return float(np.mean(((patch + 0.055) / 1.055) ** 2.4))
+
+    assert brightness((1.8, 0, 0), light) == pytest.approx(brightness((1.8, 0, 0), even), rel=0.25)
+    assert brightness((0.15, 0, 0), light) == pytest.approx(0.5 * brightness((0.15, 0, 0), even), rel=0.25)
+
+
+def test_objects_of_a_cache_shade_themselves_if_asked_to(tmp_path):
+    def images(shadows):
+        out = tmp_path / str(shadows)
+        render_cache.build_cache(out, render_cache.Settings(None, 4, 2, 2, 48, 5, shadows=shadows), 1)
+        return np.load(out / "images.npy").astype(int)
+
+    without, with_all = images(0.0), images(1.0)
+    assert np.array_equal(without[..., 3], with_all[..., 3])  # cameras stand where they stood
+    assert (without[..., :3] != with_all[..., :3]).any(axis=(1, 2, 3)).all()

@@ -3,6 +3,9 @@
 Two passes. The first finds the nearest triangle of every sample (z-buffer over 1/z, which is linear in the image). The
 second shades only what is visible. A pixel whose samples all fall on one triangle is lit once and textured per sample;
 only pixels across edges are lit per sample. Light is added up linearly and encoded as sRGB at the end.
+
+With shadow maps, made once for an object, a surface is lit by what it sees: neither by lights that another part hides,
+nor by the part of its surroundings that lies behind one. A plain object in a photograph shows its shape by little else.
 """
 
 from __future__ import annotations
@@ -50,6 +53,38 @@ def _rows(values: object) -> Floats:
 
 
 @dataclass(frozen=True)
+class ShadowMaps:
+    """How far an object reaches towards each of some directions, beside each line of that direction."""
+
+    directions: Floats
+    """(N, 3) unit vectors, object axes."""
+    reach: Floats
+    """(N, S, S) x·direction of what comes nearest to the light; −inf beside the object."""
+    centre: Doubles
+    """(3,) where the maps' middles look at, object axes."""
+    radius: float
+    """Half the side of a map, in the mesh's unit."""
+
+    @classmethod
+    def of(cls, mesh: Mesh, directions: NDArray[np.floating], size: int) -> ShadowMaps:
+        """The maps of ``size`` × ``size`` cells of a mesh for lights in these directions (N, 3), object axes."""
+        towards = _rows(directions)
+        towards = towards / np.linalg.norm(towards, axis=1, keepdims=True)
+        used = mesh.vertices[np.unique(mesh.faces)].astype(np.float64)
+        centre = 0.5 * (used.min(axis=0) + used.max(axis=0))
+        radius = 1.02 * float(np.linalg.norm(used - centre, axis=1).max())
+        return cls(towards, _reach(mesh.vertices, mesh.faces, towards, centre, radius, size), centre, radius)
+
+
+def all_around(count: int) -> Floats:
+    """Unit vectors (count, 3), evenly over the sphere: a Fibonacci lattice."""
+    z = 1 - (2 * np.arange(count) + 1) / count
+    turn = np.arange(count) * np.pi * (3 - np.sqrt(5))
+    flat = np.sqrt(1 - z * z)
+    return np.stack([flat * np.cos(turn), flat * np.sin(turn), z], axis=-1).astype(np.float32)
+
+
+@dataclass(frozen=True)
 class Lighting:
     """Light and finish of the surface. Colours and strengths are linear: albedo 1 under ambient 1 is white."""
 
@@ -70,6 +105,12 @@ class Lighting:
     metalness: float = 0.0
     """0: highlights have the light's colour. 1: they have the surface's, and little is scattered."""
     exposure: float = 1.0
+    shadows: ShadowMaps | None = None
+    """Of the lights, in their order; without, parts of the object do not shade each other."""
+    around: ShadowMaps | None = None
+    """Directions from which light from all around comes, as far as it is not hidden; without, nothing is."""
+    patches: Floats = field(default_factory=lambda: np.zeros(0, np.float32))
+    """(N,) how bright the surroundings are in each of the directions of ``around``, times what sky and ground say."""
 
     @classmethod
     def uniform(cls) -> Lighting:
@@ -145,12 +186,93 @@ def render(
         float(light.exposure),
         _DECODE,
         _ENCODE,
+        mesh.vertices,
+        *_maps(light.shadows),
+        *_maps(light.around),
+        np.ascontiguousarray(light.patches, np.float32),
     )
     if background is not None:
         behind = np.broadcast_to(np.asarray(background, np.uint8), rgb.shape).astype(np.float32)
         alpha = coverage[..., None].astype(np.float32) / 255
         rgb = np.round(rgb * alpha + behind * (1 - alpha)).astype(np.uint8)
     return Rendering(rgb=rgb, mask=coverage >= 128, depth=depth, coverage=coverage)
+
+
+def _maps(maps: ShadowMaps | None) -> tuple[Floats, Floats, Doubles, float]:
+    if maps is None:
+        return np.zeros((0, 3), np.float32), np.zeros((0, 1, 1), np.float32), np.zeros(3), 1.0
+    return maps.directions, maps.reach, maps.centre, maps.radius
+
+
+@njit(cache=True, nogil=True)
+def _across(direction: Floats) -> tuple[float, float, float, float, float, float]:
+    """Two unit vectors that stand upright on a direction and on each other (Duff et al., JCGT 2017)."""
+    x, y, z = np.float64(direction[0]), np.float64(direction[1]), np.float64(direction[2])
+    sign = 1.0 if z >= 0 else -1.0
+    a = -1.0 / (sign + z)
+    b = x * y * a
+    return 1.0 + sign * x * x * a, sign * b, -sign * x, b, sign + y * y * a, -y
+
+
+@njit(cache=True, nogil=True)
+def _reach(
+    vertices: Floats, faces: NDArray[np.int32], directions: Floats, centre: Doubles, radius: float, size: int
+) -> Floats:
+    """``ShadowMaps.reach``: a z-buffer without perspective for each direction."""
+    maps = np.full((directions.shape[0], size, size), -np.inf, np.float32)
+    seen = np.empty((vertices.shape[0], 3), np.float64)
+    to_cells = 0.5 * size / radius
+    for n in range(directions.shape[0]):
+        ux, uy, uz, vx, vy, vz = _across(directions[n])
+        dx, dy, dz = directions[n, 0], directions[n, 1], directions[n, 2]
+        for i in range(vertices.shape[0]):
+            x, y, z = vertices[i, 0] - centre[0], vertices[i, 1] - centre[1], vertices[i, 2] - centre[2]
+            seen[i, 0] = (ux * x + uy * y + uz * z + radius) * to_cells - 0.5
+            seen[i, 1] = (vx * x + vy * y + vz * z + radius) * to_cells - 0.5
+            seen[i, 2] = dx * x + dy * y + dz * z
+        for f in range(faces.shape[0]):
+            a, b, c = faces[f, 0], faces[f, 1], faces[f, 2]
+            ax, ay, bx, by, cx, cy = seen[a, 0], seen[a, 1], seen[b, 0], seen[b, 1], seen[c, 0], seen[c, 1]
+            x0, x1 = max(int(np.ceil(min(ax, bx, cx))), 0), min(int(np.floor(max(ax, bx, cx))), size - 1)
+            y0, y1 = max(int(np.ceil(min(ay, by, cy))), 0), min(int(np.floor(max(ay, by, cy))), size - 1)
+            area = (bx - ax) * (cy - ay) - (by - ay) * (cx - ax)
+            if x1 < x0 or y1 < y0 or abs(area) < 1e-12:
+                continue
+            for y in range(y0, y1 + 1):
+                for x in range(x0, x1 + 1):
+                    wa = ((bx - x) * (cy - y) - (by - y) * (cx - x)) / area
+                    wb = ((cx - x) * (ay - y) - (cy - y) * (ax - x)) / area
+                    wc = 1.0 - wa - wb
+                    if wa >= -1e-9 and wb >= -1e-9 and wc >= -1e-9:
+                        near = np.float32(wa * seen[a, 2] + wb * seen[b, 2] + wc * seen[c, 2])
+                        maps[n, y, x] = max(maps[n, y, x], near)
+    return maps
+
+
+@njit(cache=True, nogil=True)
+def _lit(reach: Floats, direction: Floats, centre: Doubles, radius: float, x: float, y: float, z: float) -> float:
+    """How much of a light reaches a point, 0..1: the map's four nearest cells, each of which hides it or does not."""
+    size = reach.shape[0]
+    ux, uy, uz, vx, vy, vz = _across(direction)
+    x, y, z = x - centre[0], y - centre[1], z - centre[2]
+    to_cells = 0.5 * size / radius
+    u = (ux * x + uy * y + uz * z + radius) * to_cells - 0.5
+    v = (vx * x + vy * y + vz * z + radius) * to_cells - 0.5
+    near = direction[0] * x + direction[1] * y + direction[2] * z
+    u0, v0 = int(np.floor(u)), int(np.floor(v))
+    if u0 < 0 or v0 < 0 or u0 + 1 >= size or v0 + 1 >= size:
+        return 1.0
+    fu, fv = u - u0, v - v0
+    lit = 0.0
+    if near >= reach[v0, u0]:
+        lit += (1 - fu) * (1 - fv)
+    if near >= reach[v0, u0 + 1]:
+        lit += fu * (1 - fv)
+    if near >= reach[v0 + 1, u0]:
+        lit += (1 - fu) * fv
+    if near >= reach[v0 + 1, u0 + 1]:
+        lit += fu * fv
+    return lit
 
 
 @njit(cache=True, nogil=True)
@@ -254,6 +376,16 @@ def _shade(
     exposure: float,
     decode: Floats,
     encode: NDArray[np.uint8],
+    vertices: Floats,
+    shadow_directions: Floats,
+    shadow_reach: Floats,
+    shadow_centre: Doubles,
+    shadow_radius: float,
+    around_directions: Floats,
+    around_reach: Floats,
+    around_centre: Doubles,
+    around_radius: float,
+    patches: Floats,
 ) -> tuple[NDArray[np.uint8], Floats, NDArray[np.uint8]]:
     """Colours, depths and coverage of the pixels from s × s samples each."""
     height, width = inverse_depth.shape[0] // s, inverse_depth.shape[1] // s
@@ -263,6 +395,24 @@ def _shade(
     textured, coloured = texture.shape[0] > 0, colours.shape[0] > 0
     th, tw = texture.shape[0], texture.shape[1]
     lights = directions.shape[0]
+    shadowed, patched = shadow_directions.shape[0] > 0, around_directions.shape[0]
+    # A point is asked for one and a half cells above its surface, or the surface would hide itself.
+    above_shadow = 3.0 * shadow_radius / shadow_reach.shape[1]
+    above_around = 3.0 * around_radius / around_reach.shape[1]
+    surroundings, around_axes = np.empty((patched, 3)), np.empty((patched, 9))
+    around_size, half = around_reach.shape[1], 0.5 * around_reach.shape[1]
+    for n in range(patched):
+        around_axes[n, :3] = around_directions[n]
+        axes = _across(around_directions[n])
+        for k in range(6):
+            around_axes[n, 3 + k] = axes[k] * half / around_radius
+        dx, dy, dz = around_directions[n, 0], around_directions[n, 1], around_directions[n, 2]
+        upward = up[0] * (R[0, 0] * dx + R[0, 1] * dy + R[0, 2] * dz)
+        upward += up[1] * (R[1, 0] * dx + R[1, 1] * dy + R[1, 2] * dz)
+        upward += up[2] * (R[2, 0] * dx + R[2, 1] * dy + R[2, 2] * dz)
+        for k in range(3):  # the mean of a cosine over the sphere is a quarter
+            level = ground[k] + (sky[k] - ground[k]) * min(max(0.5 + 0.75 * upward, 0.0), 1.0)
+            surroundings[n, k] = level * patches[n] * 4.0 / patched
     # Below this cosine a highlight is invisible, and the power need not be taken.
     faint = np.exp(np.log(0.004) / max(shininess, 1.0))
     to_code = encode.shape[0] / _ENCODE_MAX
@@ -365,22 +515,64 @@ def _shade(
                     facing = nx * ex + ny * ey + nz * ez
                     if facing < 0:  # both sides of a face are surface
                         nx, ny, nz, facing = -nx, -ny, -nz, -facing
+                    at_x, at_y, at_z = 0.0, 0.0, 0.0
+                    if shadowed or patched:
+                        at_x = wa * vertices[a, 0] + wb * vertices[b, 0] + wc * vertices[c, 0]
+                        at_y = wa * vertices[a, 1] + wb * vertices[b, 1] + wc * vertices[c, 1]
+                        at_z = wa * vertices[a, 2] + wb * vertices[b, 2] + wc * vertices[c, 2]
+                        ox = R[0, 0] * nx + R[1, 0] * ny + R[2, 0] * nz
+                        oy = R[0, 1] * nx + R[1, 1] * ny + R[2, 1] * nz
+                        oz = R[0, 2] * nx + R[1, 2] * ny + R[2, 2] * nz
 
                     upward = 0.5 + 0.5 * (nx * up[0] + ny * up[1] + nz * up[2])
                     for k in range(3):
-                        light[k] = ground[k] + (sky[k] - ground[k]) * upward
+                        light[k] = 0.0 if patched else ground[k] + (sky[k] - ground[k]) * upward
                         shine[k] = 0.0
+                    if patched:
+                        at_x0 = at_x + above_around * ox - around_centre[0]
+                        at_y0 = at_y + above_around * oy - around_centre[1]
+                        at_z0 = at_z + above_around * oz - around_centre[2]
+                    for n in range(patched):
+                        dx, dy, dz = around_axes[n, 0], around_axes[n, 1], around_axes[n, 2]
+                        cosine = ox * dx + oy * dy + oz * dz
+                        if cosine <= 0:
+                            continue
+                        # One cell is enough: what many directions add up to is soft all the same.
+                        u = int(
+                            around_axes[n, 3] * at_x0 + around_axes[n, 4] * at_y0 + around_axes[n, 5] * at_z0 + half
+                        )
+                        v = int(
+                            around_axes[n, 6] * at_x0 + around_axes[n, 7] * at_y0 + around_axes[n, 8] * at_z0 + half
+                        )
+                        inside = 0 <= u < around_size and 0 <= v < around_size
+                        if not inside or dx * at_x0 + dy * at_y0 + dz * at_z0 >= around_reach[n, v, u]:
+                            for k in range(3):
+                                light[k] += cosine * surroundings[n, k]
                     for n in range(lights):
                         lx, ly, lz = directions[n, 0], directions[n, 1], directions[n, 2]
                         cosine = nx * lx + ny * ly + nz * lz
                         if cosine <= 0:
                             continue
+                        through = 1.0
+                        if shadowed:
+                            through = _lit(
+                                shadow_reach[n],
+                                shadow_directions[n],
+                                shadow_centre,
+                                shadow_radius,
+                                at_x + above_shadow * ox,
+                                at_y + above_shadow * oy,
+                                at_z + above_shadow * oz,
+                            )
+                            if through <= 0:
+                                continue
+                        cosine *= through
                         glint = 0.0
                         if specular > 0:
                             hx, hy, hz = lx + ex, ly + ey, lz + ez
                             h = (nx * hx + ny * hy + nz * hz) / max(np.sqrt(hx * hx + hy * hy + hz * hz), 1e-9)
                             if h > faint:
-                                glint = specular * h**shininess
+                                glint = specular * h**shininess * through
                         for k in range(3):
                             light[k] += cosine * strengths[n, k]
                             shine[k] += glint * strengths[n, k]

@@ -33,16 +33,20 @@ import numpy as np
 from numba import njit
 from numpy.random import Generator
 from numpy.typing import NDArray
+from scipy.spatial.transform import Rotation
 
 from nope_ros.training.mesh import Mesh, load_mesh
 from nope_ros.training.procedural import procedural_object
-from nope_ros.training.render import Lighting, render
+from nope_ros.training.render import Lighting, ShadowMaps, all_around, render
 
 HELD_OUT = re.compile(r"ycb|hope|libero", re.IGNORECASE)
 """Benchmarks whose objects are for evaluation; a mesh with such a name is never trained on."""
 
 Pose = tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]
 """R_camera_object (3, 3), t_camera_object (3,), K (3, 3)."""
+
+SURROUNDINGS, AROUND_CELLS, SHADOW_CELLS = 24, 48, 128
+"""Directions that light from all around comes from, and the sides of their shadow maps and of those of the lights."""
 
 CHUNK = 16
 """Objects rendered between two reports; what an interruption costs at most."""
@@ -70,6 +74,8 @@ class Settings:
     supersampling: int = 2
     depth: bool = False
     """Keep a depth image of every view: half as large as its colours."""
+    shadows: float = 0.75
+    """Share of objects whose parts hide lights and surroundings from each other."""
 
 
 @dataclass(frozen=True)
@@ -231,6 +237,14 @@ def object_views(source: Source, settings: Settings) -> Iterator[tuple[NDArray[n
     # The rig is made with z up; a level camera has up along −y.
     level = np.array([[1.0, 0, 0], [0, 0, -1], [0, 1, 0]])
     used = mesh.vertices[np.unique(mesh.faces)]
+    # Its own numbers, so that cameras and lights are the same with and without shadows.
+    shade = np.random.default_rng([settings.seed, zlib.crc32(source.name.encode()), 1])
+    around = None
+    if shade.random() < settings.shadows:
+        turn = Rotation.random(rng=shade).as_matrix()
+        around = ShadowMaps.of(mesh, all_around(SURROUNDINGS) @ turn, AROUND_CELLS)
+        if steady == 0:
+            rig = shading(rig, mesh, np.eye(3), around, shade)
     for _ in range(source.view_count):
         R, t, K = random_view(rng, used, settings)
         if steady == 2:
@@ -239,10 +253,30 @@ def object_views(source: Source, settings: Settings) -> Iterator[tuple[NDArray[n
             turn = R if steady == 0 else level
             directions = np.ascontiguousarray(rig.directions @ turn.T, np.float32)
             lighting = replace(rig, directions=directions, up=tuple(R[:, 2]))
+        if around is not None and lighting.shadows is None:
+            lighting = shading(lighting, mesh, R, around, shade)
         size = settings.size
         view = render(mesh, R, t, K, size, size, lighting=lighting, supersampling=settings.supersampling)
         depth = np.where(view.depth > 0, view.depth - np.float32(t[2]), np.float32(np.nan)).astype(np.float16)
         yield np.dstack([view.rgb, view.coverage]), depth, (R, t, K)
+
+
+def shading(
+    lighting: Lighting, mesh: Mesh, R_camera_object: NDArray[np.float64], around: ShadowMaps, rng: Generator
+) -> Lighting:
+    """The same light, as far as the object does not hide it from itself, from surroundings bright and dark.
+
+    Args:
+        lighting: with directions in camera axes.
+        mesh: the object.
+        R_camera_object: (3, 3).
+        around: of the object.
+        rng: source of all randomness.
+    """
+    evenness = np.exp(rng.uniform(np.log(0.3), np.log(10)))  # from a few windows in the dark to an overcast day
+    patches = rng.gamma(evenness, 1 / evenness, len(around.directions)).astype(np.float32)
+    shadows = ShadowMaps.of(mesh, lighting.directions @ R_camera_object, SHADOW_CELLS)
+    return replace(lighting, shadows=shadows, around=around, patches=patches / max(float(patches.mean()), 1e-6))
 
 
 def _part_path(out: Path, chunk: int) -> Path:
@@ -361,11 +395,21 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--size", type=int, default=128, help="side of an image in pixels (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     parser.add_argument("--depth", action="store_true", help="keep depth too: correspondences are learned from it")
+    parser.add_argument(
+        "--shadows", type=float, default=0.75, help="share of objects that shade themselves (%(default)s)"
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (%(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="folder of the cache")
     given = parser.parse_args(arguments)
     settings = Settings(
-        given.meshes, given.procedural, given.views, given.mesh_views, given.size, given.seed, depth=given.depth
+        given.meshes,
+        given.procedural,
+        given.views,
+        given.mesh_views,
+        given.size,
+        given.seed,
+        depth=given.depth,
+        shadows=given.shadows,
     )
     build_cache(given.out, settings, given.workers)
 
