@@ -357,7 +357,7 @@ def test_a_corner_is_darker_than_an_open_side():
     one, none = (0.5, 0.5, 0.5), np.zeros((0, 3), np.float32)
     even = Lighting(directions=none, colours=none, ambient_sky=one, ambient_ground=one, specular=0.0)
     around = ShadowMaps.of(mesh, all_around(64), 64)
-    light = replace(even, around=around, patches=np.ones(64, np.float32))
+    light = replace(even, around=around)
     R, t = DOWN, np.array([-1.0, 0, 4.0])
     K = np.array([[150.0, 0, 79.5], [0, 150.0, 79.5], [0, 0, 1]])
 
@@ -379,3 +379,13 @@ def test_objects_of_a_cache_shade_themselves_if_asked_to(tmp_path):
     without, with_all = images(0.0), images(1.0)
     assert np.array_equal(without[..., 3], with_all[..., 3])  # cameras stand where they stood
     assert (without[..., :3] != with_all[..., :3]).any(axis=(1, 2, 3)).all()
+
+
+def test_shadow_maps_of_other_lights_are_refused():
+    maps = ShadowMaps.of(square(), all_around(3), 8)
+    with pytest.raises(ValueError, match="3 shadow maps for 1 lights"):
+        Lighting(shadows=maps)
+    with pytest.raises(ValueError, match="patches"):
+        Lighting(around=maps, patches=np.ones(2, np.float32))
+    with pytest.raises(ValueError, match="patches"):
+        Lighting(patches=np.ones(2, np.float32))

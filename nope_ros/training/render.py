@@ -109,8 +109,16 @@ class Lighting:
     """Of the lights, in their order; without, parts of the object do not shade each other."""
     around: ShadowMaps | None = None
     """Directions from which light from all around comes, as far as it is not hidden; without, nothing is."""
-    patches: Floats = field(default_factory=lambda: np.zeros(0, np.float32))
-    """(N,) how bright the surroundings are in each of the directions of ``around``, times what sky and ground say."""
+    patches: Floats | None = None
+    """(N,) how bright the surroundings are in each of the directions of ``around``, times what sky and ground say; None
+    is 1."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError where shadow maps do not belong to the lights: the renderer would read beside them."""
+        if self.shadows is not None and len(self.shadows.directions) != len(self.directions):
+            raise ValueError(f"{len(self.shadows.directions)} shadow maps for {len(self.directions)} lights")
+        if self.patches is not None and (self.around is None or len(self.around.directions) != len(self.patches)):
+            raise ValueError("patches need shadow maps around the object, one for each")
 
     @classmethod
     def uniform(cls) -> Lighting:
@@ -189,7 +197,7 @@ def render(
         mesh.vertices,
         *_maps(light.shadows),
         *_maps(light.around),
-        np.ascontiguousarray(light.patches, np.float32),
+        _patches(light),
     )
     if background is not None:
         behind = np.broadcast_to(np.asarray(background, np.uint8), rgb.shape).astype(np.float32)
@@ -202,6 +210,12 @@ def _maps(maps: ShadowMaps | None) -> tuple[Floats, Floats, Doubles, float]:
     if maps is None:
         return np.zeros((0, 3), np.float32), np.zeros((0, 1, 1), np.float32), np.zeros(3), 1.0
     return maps.directions, maps.reach, maps.centre, maps.radius
+
+
+def _patches(light: Lighting) -> Floats:
+    if light.patches is None:
+        return np.ones(0 if light.around is None else len(light.around.directions), np.float32)
+    return np.ascontiguousarray(light.patches, np.float32)
 
 
 @njit(cache=True, nogil=True)
