@@ -68,11 +68,21 @@ class ShadowMaps:
     @classmethod
     def of(cls, mesh: Mesh, directions: NDArray[np.floating], size: int) -> ShadowMaps:
         """The maps of ``size`` × ``size`` cells of a mesh for lights in these directions (N, 3), object axes."""
-        towards = _rows(directions)
-        towards = towards / np.linalg.norm(towards, axis=1, keepdims=True)
         used = mesh.vertices[np.unique(mesh.faces)].astype(np.float64)
         centre = 0.5 * (used.min(axis=0) + used.max(axis=0))
         radius = 1.02 * float(np.linalg.norm(used - centre, axis=1).max())
+        return cls._towards(mesh, directions, size, centre, radius)
+
+    def for_lights(self, mesh: Mesh, directions: NDArray[np.floating], size: int) -> ShadowMaps:
+        """Maps of the same mesh for other lights; what does not depend on the lights is not found again."""
+        return self._towards(mesh, directions, size, self.centre, self.radius)
+
+    @classmethod
+    def _towards(
+        cls, mesh: Mesh, directions: NDArray[np.floating], size: int, centre: Doubles, radius: float
+    ) -> ShadowMaps:
+        towards = _rows(directions)
+        towards = towards / np.linalg.norm(towards, axis=1, keepdims=True)
         return cls(towards, _reach(mesh.vertices, mesh.faces, towards, centre, radius, size), centre, radius)
 
 

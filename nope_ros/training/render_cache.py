@@ -275,7 +275,7 @@ def shading(
     """
     evenness = np.exp(rng.uniform(np.log(0.3), np.log(10)))  # from a few windows in the dark to an overcast day
     patches = rng.gamma(evenness, 1 / evenness, len(around.directions)).astype(np.float32)
-    shadows = ShadowMaps.of(mesh, lighting.directions @ R_camera_object, SHADOW_CELLS)
+    shadows = around.for_lights(mesh, lighting.directions @ R_camera_object, SHADOW_CELLS)
     return replace(lighting, shadows=shadows, around=around, patches=patches / max(float(patches.mean()), 1e-6))
 
 
