@@ -9,8 +9,10 @@ import pytest
 
 from nope_ros.training import render_cache
 from nope_ros.training.mesh import load_mesh, make_mesh
+from nope_ros.training.pairs import DataConfig, RenderCache
 from nope_ros.training.procedural import procedural_object
 from nope_ros.training.render import Lighting, ShadowMaps, all_around, render
+from nope_ros.training.variant import variant_of
 
 FLAT = Lighting.uniform()
 K = np.array([[140.0, 0, 63.5], [0, 150.0, 60.0], [0, 0, 1]])
@@ -275,6 +277,65 @@ def test_held_out_names_are_not_rendered(tmp_path):
         trimesh.creation.box().export(tmp_path / "train" / "some" / f"{name}.glb")
     settings = render_cache.Settings(str(tmp_path / "train"), 1, 2, 3, 64, 0)
     assert [s.name for s in render_cache.find_sources(settings)] == ["some/mug", "procedural/0"]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_variant_is_another_object_of_the_same_build(seed):
+    mesh = procedural_object(seed).normalised()[0]
+    same, other = (variant_of(mesh, np.random.default_rng(number)) for number in (seed, seed + 100))
+    again = variant_of(mesh, np.random.default_rng(seed))
+    np.testing.assert_array_equal(same.vertices, again.vertices)
+    if same.texture is not None:
+        np.testing.assert_array_equal(same.texture, again.texture)
+    assert same.vertices.shape != other.vertices.shape or np.abs(same.vertices - other.vertices).max() > 0.01
+    # No face is lost: each is where its vertices went, and none of them far.
+    assert len(same.faces) == pytest.approx(len(mesh.faces), rel=0.01)
+    assert 0.3 < same.radius < 4
+    assert np.isfinite(same.normals).all()
+    if same.uv is not None and same.uv.shape[0] == 3 * len(same.faces):  # printed anew
+        assert same.uv.min() >= 0
+        assert same.uv.max() <= 1
+
+
+def test_a_print_covers_each_side_with_its_own_picture():
+    box = procedural_box()
+    sides = set()
+    for number in range(40):
+        printed = variant_of(box, np.random.default_rng(number))
+        if printed.texture is None:
+            continue
+        cells = np.floor(printed.uv.reshape(-1, 3, 2) * (3, 2)).astype(int)
+        assert (cells == cells[:, :1]).all()  # no triangle straddles two pictures
+        sides.add(len(np.unique(cells[:, 0] @ (1, 3))))
+    assert 6 in sides
+
+
+def test_variants_follow_all_else_in_a_cache_and_are_held_out_with_their_mesh(tmp_path):
+    trimesh = pytest.importorskip("trimesh")
+    (tmp_path / "train" / "some").mkdir(parents=True)
+    for i in range(40):
+        trimesh.creation.box(extents=(1, 2, 1 + i)).export(tmp_path / "train" / "some" / f"box_{i}.glb")
+    arguments = ["--meshes", str(tmp_path / "train"), "--procedural", "1", "--views", "2", "--mesh-views", "2"]
+    arguments += ["--size", "24", "--workers", "1", "--shadows", "0"]
+    render_cache.main([*arguments, "--out", str(tmp_path / "without")])
+    render_cache.main([*arguments, "--mesh-variants", "2", "--out", str(tmp_path / "with")])
+    without, cache = (RenderCache(DataConfig(cache=str(tmp_path / name))) for name in ("without", "with"))
+    assert cache.names[: len(without.names)] == without.names
+    np.testing.assert_array_equal(cache.images[: len(without.images)], without.images)
+    assert cache.variant.sum() == 80
+    assert not cache.procedural[cache.variant].any()
+    assert 0 < cache.held_out[cache.variant].sum() < 80
+    mesh_of = {name: held for name, held in zip(cache.names, cache.held_out, strict=True) if "#" not in name}
+    for name, held in zip(cache.names, cache.held_out, strict=True):
+        assert held == mesh_of[name.split("#")[0]]
+    first, second = (cache.images[cache.views[cache.names.index(f"some/box_3#{i}")]] for i in (1, 2))
+    assert (first != second).any()
+
+
+def procedural_box():
+    trimesh = pytest.importorskip("trimesh")
+    box = trimesh.creation.box()
+    return make_mesh(box.vertices, box.faces, colours=np.full((8, 3), 200, np.uint8))
 
 
 def test_renders_are_fast_enough_to_train_on():

@@ -168,7 +168,7 @@ def gather_evidence(
 
 
 def _chosen(cache: RenderCache, objects: int, rng: np.random.Generator) -> list[int]:
-    available = np.flatnonzero(~cache.procedural & cache.held_out)
+    available = np.flatnonzero(~cache.procedural & ~cache.variant & cache.held_out)
     if len(available) == 0:
         available = np.flatnonzero(cache.held_out)
     chosen: list[int] = rng.permutation(available)[:objects].tolist()

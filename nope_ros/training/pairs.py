@@ -23,6 +23,7 @@ from nope_ros.crop import roll_of_gravity
 from nope_ros.rotations import exp
 from nope_ros.training.augment import AugmentationConfig, View, training_view
 from nope_ros.training.likelihood import PairPrior
+from nope_ros.training.render_cache import VARIANT_MARK
 
 
 class DataConfig(BaseModel):
@@ -76,7 +77,9 @@ class RenderCache:
         self.views = [order[a:b] for a, b in itertools.pairwise(starts)]
         self.directions = -np.einsum("nji,nj->ni", self.R, np.broadcast_to([0.0, 0.0, 1.0], (len(self.R), 3)))
         # By name, not by position or random state: the split stays the same whatever else is in the cache.
-        fraction = np.array([zlib.crc32(name.encode()) / 2**32 for name in self.names])
+        self.variant = np.array([VARIANT_MARK in name for name in self.names])
+        # A variant goes where its mesh goes, or the network would be judged on objects much like those it learned.
+        fraction = np.array([zlib.crc32(name.split(VARIANT_MARK)[0].encode()) / 2**32 for name in self.names])
         self.held_out = fraction < config.validation_share
 
 

@@ -426,7 +426,7 @@ def _smooth_curve(rng: Generator, count: int, low: float, high: float, knots: in
 # --- Colour and print -----------------------------------------------------------------------------------------------
 
 
-def _palette(rng: Generator, count: int = 6) -> Floats:
+def palette(rng: Generator, count: int = 6) -> Floats:
     """(count, 3) sRGB 0..255 that might stand together on one thing."""
     mood = rng.choice(["vivid", "pastel", "dark", "earth", "grey", "any"], p=[0.28, 0.14, 0.12, 0.16, 0.14, 0.16])
     hue = rng.random()
@@ -547,9 +547,9 @@ def _draw_shapes(rng: Generator, image: NDArray[np.uint8], colours: Floats, coun
 
 def _print_photo(rng: Generator, size: int, colours: Floats) -> Floats:
     """What a picture looks like from afar: large gradients, objects of all sizes, fine grain."""
-    ground = _ramp(_noise(rng, size, 2, 64, rng.uniform(0.4, 0.75)), np.concatenate([colours, _palette(rng, 3)]))
+    ground = _ramp(_noise(rng, size, 2, 64, rng.uniform(0.4, 0.75)), np.concatenate([colours, palette(rng, 3)]))
     image = np.clip(ground, 0, 255).astype(np.uint8)
-    _draw_shapes(rng, image, _palette(rng, 8), int(rng.integers(3, 14)))
+    _draw_shapes(rng, image, palette(rng, 8), int(rng.integers(3, 14)))
     if rng.random() < 0.5:
         image = np.asarray(cv2.GaussianBlur(image, (0, 0), float(rng.uniform(0.5, 2.5))), np.uint8)
     return image * (0.6 + 0.6 * _noise(rng, size, 8, 128, 0.8))[..., None]
@@ -595,7 +595,7 @@ def _print_noise(rng: Generator, size: int, colours: Floats) -> Floats:
     return _ramp(values, colours[: rng.integers(2, len(colours))])
 
 
-def _picture(rng: Generator, size: int, colours: Floats) -> NDArray[np.uint8]:
+def picture(rng: Generator, size: int, colours: Floats) -> NDArray[np.uint8]:
     """(size, size, 3) of something printed."""
     kinds = (_print_label, _print_photo, _print_pattern, _print_noise)
     image = kinds[rng.choice(4, p=(0.42, 0.2, 0.22, 0.16))](rng, size, rng.permutation(colours))
@@ -624,7 +624,7 @@ class _Build:
     def __init__(self, rng: Generator, finish: str, cells_per_side: int) -> None:
         self.rng = rng
         self.finish = finish
-        self.palette = _palette(rng)
+        self.palette = palette(rng)
         self._cells = cells_per_side
         self._start = int(rng.integers(len(self.palette)))
         self._roles: dict[object, tuple[Colour, int]] = {}
@@ -696,7 +696,7 @@ class _Build:
             side = ATLAS // self._cells
             for cell in range(max(self._cells**2 - 1, 1)):
                 y, x = cell // self._cells * side, cell % self._cells * side
-                texture[y : y + side, x : x + side] = _picture(rng, side, self.palette)
+                texture[y : y + side, x : x + side] = picture(rng, side, self.palette)
             if self._cells == 1:
                 texture[:2, :2] = 255
         return make_mesh(

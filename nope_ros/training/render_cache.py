@@ -27,6 +27,7 @@ import zlib
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -38,9 +39,13 @@ from scipy.spatial.transform import Rotation
 from nope_ros.training.mesh import Mesh, load_mesh
 from nope_ros.training.procedural import procedural_object
 from nope_ros.training.render import Lighting, ShadowMaps, all_around, render
+from nope_ros.training.variant import variant_of
 
 HELD_OUT = re.compile(r"ycb|hope|libero", re.IGNORECASE)
 """Benchmarks whose objects are for evaluation; a mesh with such a name is never trained on."""
+
+VARIANT_MARK = "#"
+"""Between the name of a mesh and the number of a variant of it."""
 
 Pose = tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]
 """R_camera_object (3, 3), t_camera_object (3,), K (3, 3)."""
@@ -76,11 +81,13 @@ class Settings:
     """Keep a depth image of every view: half as large as its colours."""
     shadows: float = 0.75
     """Share of objects whose parts hide lights and surroundings from each other."""
+    mesh_variants: int = 0
+    """Other objects made from each mesh (`nope_ros.training.variant`), with as many views as a procedural one."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """One object: a file, or the seed of a procedural one."""
+    """One object: a file, a variant of one, or the seed of a procedural object."""
 
     name: str
     path: str | None
@@ -88,15 +95,24 @@ class Source:
     first_view: int
     view_count: int
     asymmetry: float
+    variant: int = 0
+    """0 is the object in the file."""
 
     def load(self) -> Mesh:
         """The object, z up, normalised."""
-        mesh = procedural_object(self.seed) if self.path is None else load_mesh(self.path)
+        mesh = procedural_object(self.seed) if self.path is None else _mesh_of(self.path)
+        if self.variant:
+            mesh = variant_of(mesh, np.random.default_rng([self.seed, zlib.crc32(self.name.encode()), 2]))
         return mesh.normalised()[0]
 
 
+@lru_cache(maxsize=1)  # variants of one file follow each other
+def _mesh_of(path: str) -> Mesh:
+    return load_mesh(path)
+
+
 def find_sources(settings: Settings) -> list[Source]:
-    """All objects in order: meshes by path, then procedural ones by seed."""
+    """All objects in order: meshes by path, procedural ones by seed, then the variants of each mesh."""
     sources: list[Source] = []
     first = 0
     if settings.meshes is not None:
@@ -116,6 +132,11 @@ def find_sources(settings: Settings) -> list[Source]:
         seed = settings.seed * 1_000_000 + i
         sources.append(Source(f"procedural/{seed}", None, seed, first, settings.views, float("nan")))
         first += settings.views
+    for mesh in [source for source in sources if source.path is not None]:
+        for i in range(1, settings.mesh_variants + 1):
+            name = f"{mesh.name}{VARIANT_MARK}{i}"
+            sources.append(Source(name, mesh.path, settings.seed, first, settings.views, mesh.asymmetry, i))
+            first += settings.views
     return sources
 
 
@@ -392,6 +413,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--procedural", type=int, default=3000, help="number of procedural objects (%(default)s)")
     parser.add_argument("--views", type=int, default=24, help="of each procedural object (%(default)s)")
     parser.add_argument("--mesh-views", type=int, default=64, help="of each mesh (%(default)s)")
+    parser.add_argument("--mesh-variants", type=int, default=0, help="other objects made from each mesh (%(default)s)")
     parser.add_argument("--size", type=int, default=128, help="side of an image in pixels (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     parser.add_argument("--depth", action="store_true", help="keep depth too: correspondences are learned from it")
@@ -410,6 +432,7 @@ def main(arguments: list[str] | None = None) -> None:
         given.seed,
         depth=given.depth,
         shadows=given.shadows,
+        mesh_variants=given.mesh_variants,
     )
     build_cache(given.out, settings, given.workers)
 
