@@ -78,7 +78,7 @@ class _Repaint:
 
 def _printed(
     vertices: Floats, faces: NDArray[np.int32], rng: Generator
-) -> tuple[Floats, NDArray[np.int32], Floats, NDArray[np.uint8]]:
+) -> tuple[Floats, NDArray[np.int32], NDArray[np.float32], NDArray[np.uint8]]:
     """Six pictures, one from each side of a box around the object: (vertices, faces, uv, texture)."""
     corners = vertices[faces]
     turn = np.eye(3) if rng.random() < 0.7 else Rotation.random(rng=rng).as_matrix()
@@ -98,4 +98,4 @@ def _printed(
     pictures = [picture(rng, PICTURE, colours) for _ in range(1 if rng.random() < 0.3 else 6)]
     texture = np.vstack([np.hstack([pictures[(3 * row + i) % len(pictures)] for i in range(3)]) for row in range(2)])
     unwelded = np.arange(3 * len(faces), dtype=np.int32).reshape(-1, 3)
-    return corners.reshape(-1, 3), unwelded, uv.reshape(-1, 2), texture
+    return corners.reshape(-1, 3), unwelded, uv.reshape(-1, 2).astype(np.float32), texture
