@@ -29,7 +29,7 @@ help: ## Show this
 setup: ## Install everything into .venv, build the messages (PYTHON=python3.12 chooses the Python)
 	@$(PYTHON) tools/setup_ros.py
 
-demo: setup ## Estimate poses on real images, draw them into out/demo (DATA=folder PRIOR=free|upright|standing)
+demo: setup ## Estimate poses on the bundled sequence (rendered), draw them into out/demo (DATA=folder PRIOR=free|upright|standing)
 	@$(ACTIVATE) $(VENV)/python -m nope_ros.cli demo $(if $(DATA),--data "$(DATA)") $(if $(PRIOR),--prior "$(PRIOR)")
 
 test: setup ## Lint, check types, run the tests (ARGS="-k crop" goes to pytest)

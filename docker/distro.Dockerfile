@@ -1,7 +1,7 @@
 # The node in a ROS 2 distribution.
 #   docker build -f docker/distro.Dockerfile -t nope_ros .
 #   docker run --rm --net=host --ipc=host --gpus all -v nope_objects:/root/.local/share/nope_ros nope_ros \
-#       ros2 launch nope_ros nope.launch.py image:=/camera/color/image_raw mask:=/segmentation/mask
+#       ros2 launch nope_ros nope.launch.py image:=/camera/color/image_raw camera_info:=/camera/color/camera_info mask:=/segmentation/mask
 # --ipc=host: Fast DDS's shared memory is shared with the camera's driver. Without a GPU leave --gpus out.
 ARG DISTRO=jazzy
 FROM ros:${DISTRO}-perception

@@ -1,6 +1,6 @@
 """Registration from recordings: ``nope-ros register NAME --folder|--bag|--video``, and from meshes: ``--mesh``.
 
-nope-ros register box --folder ../shared/data/real/scotch_box
+nope-ros register box --folder walk
 nope-ros register mug --bag walk.mcap --fixed-frame map
 nope-ros register mug --video walk.mp4 --masks masks.mp4 --camera camera.yaml --poses trajectory.txt
 """

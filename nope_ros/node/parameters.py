@@ -163,7 +163,7 @@ class Settings:
     )
     buffer_megabytes: int = _parameter(
         512,
-        "Most memory for messages that wait. When it is full, every second image goes.",
+        "Most memory for messages that wait. When it is full, every second waiting image is dropped.",
         unit="MB",
         low=1,
         high=65536,
