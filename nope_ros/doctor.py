@@ -307,17 +307,22 @@ def judge(heard: dict[str, Heard], seconds: float, now: int, *, rectified: bool 
             )
     if image.messages and not image.messages[-1].header.frame_id:
         yield Finding("problem", "image: header.frame_id is empty: no TF can come out", "set it in the camera driver")
-    yield from _fit(image, mask, info)
+    yield from _fit(image, mask, info, rectified)
 
 
-def _fit(image: Heard, mask: Heard, info: Heard) -> Iterator[Finding]:
+def _fit(image: Heard, mask: Heard, info: Heard, rectified: bool) -> Iterator[Finding]:
+    from nope_ros.node import messages
+
     size = {name: _dimensions(one.messages[-1]) for name, one in (("image", image), ("mask", mask)) if one.messages}
     if info.messages and size.get("image"):
-        width, height = info.messages[-1].width, info.messages[-1].height
-        if (width, height) != size["image"]:
+        try:  # region of interest and binning applied
+            camera = messages.camera(info.messages[-1], rectified=rectified)
+        except InputError:
+            camera = None  # told already
+        if camera is not None and (camera.width, camera.height) != size["image"]:
             yield Finding(
                 "problem",
-                f"camera_info is for {width}x{height}, the image is {_by(size['image'])}",
+                f"camera_info is for {camera.width}x{camera.height}, the image is {_by(size['image'])}",
                 "publish the camera_info of this image; mind binning, ROI and resizing nodes",
             )
     if size.get("mask") and size.get("image") and size["mask"] != size["image"]:
@@ -378,7 +383,8 @@ def listen(given: argparse.Namespace) -> Iterator[Finding]:
             yield Finding("warning", names, "name them with --image-topic, --camera-info-topic and --mask-topic")
             return
         heard = _hear(node, names, given.seconds)
-        yield from judge(heard, given.seconds, node.get_clock().now().nanoseconds)
+        rectified = _rectified(node, given.node)
+        yield from judge(heard, given.seconds, node.get_clock().now().nanoseconds, rectified=rectified)
     finally:
         node.destroy_node()
         rclpy.try_shutdown()
@@ -427,6 +433,20 @@ def _node(node: Node, name: str) -> Iterator[Finding]:
             yield Finding("ok", f"registered objects: {names}")
         elif state == "active":
             yield Finding("warning", "no object is registered", f"ros2 service call {name}/register_object ...")
+
+
+def _rectified(node: Node, name: str) -> bool:
+    """The node's parameter of that name; False where it does not answer."""
+    import rclpy
+    from rcl_interfaces.srv import GetParameters
+
+    client = node.create_client(GetParameters, f"{name}/get_parameters")
+    if not client.wait_for_service(1.0):
+        return False
+    future = client.call_async(GetParameters.Request(names=["rectified"]))
+    rclpy.spin_until_future_complete(node, future, timeout_sec=5)
+    answer = future.result()
+    return answer is not None and any(value.bool_value for value in answer.values)
 
 
 def _inputs(node: Node, given: argparse.Namespace) -> dict[str, tuple[str, str]] | str:

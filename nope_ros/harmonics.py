@@ -12,7 +12,7 @@ from functools import cache
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.special import sph_harm_y
+from scipy.special import gammaln, lpmv
 from torch import Tensor
 
 
@@ -23,11 +23,13 @@ def spherical_harmonics(directions: NDArray[np.float64], bandwidth: int) -> NDAr
     columns = []
     for degree in range(bandwidth + 1):
         for order in range(-degree, degree + 1):
-            value = sph_harm_y(degree, abs(order), polar, azimuth)
-            if order == 0:
-                columns.append(value.real)
-            else:
-                columns.append((-1) ** order * np.sqrt(2) * (value.real if order > 0 else value.imag))
+            m = abs(order)
+            # Not scipy's sph_harm_y, which distributions do not have yet, nor sph_harm, which it has replaced.
+            size = np.exp(0.5 * (gammaln(degree - m + 1) - gammaln(degree + m + 1)))
+            value = size * np.sqrt((2 * degree + 1) / (4 * np.pi)) * lpmv(m, degree, np.cos(polar))
+            if order != 0:
+                value = value * (-1) ** m * np.sqrt(2) * (np.cos(m * azimuth) if order > 0 else np.sin(m * azimuth))
+            columns.append(value)
     return np.stack(columns, axis=-1)
 
 

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import pytest
 from geometry_msgs.msg import PointStamped
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from node_process import Robot, image_message, ros_context
 from sensor_msgs.msg import Image
@@ -68,6 +68,20 @@ def test_a_click_becomes_a_mask() -> None:
     assert overlap(found, masks[0]) > 0.95
 
 
+@pytest.mark.parametrize("seed", [False, True])
+@pytest.mark.parametrize(("width", "height"), [(3000, 8), (3800, 8), (8, 2000)])
+def test_a_long_thin_box_in_a_large_image(width: int, height: int, seed: bool) -> None:
+    image = np.random.default_rng(0).integers(0, 255, (2160, 3840, 3), np.uint8)
+    told: list[str] = []
+    ids = instance_ids(image, [Box(1920, 1080, width, height)], Complaints(told.append))
+    assert ids.shape == (2160, 3840)
+    assert told == [] or "detections: " in told[0]
+    try:
+        assert cut_out(image, Box(1920, 1080, width, height), seed=seed).any()
+    except InputError as error:
+        assert "detections: " in str(error)
+
+
 def test_photographs() -> None:
     """How well boxes do on the bundled sequence, whose true masks are known."""
     sequence = ROOT / "demo" / "sequence"
@@ -80,6 +94,7 @@ def test_photographs() -> None:
     assert np.median(quality) > 0.7, quality
 
 
+@example(0.0, 3221225472.0, 15.0, 6442450944.0, True)
 @given(*(st.floats(allow_nan=True, allow_infinity=True, width=32) for _ in range(4)), st.booleans())
 @settings(max_examples=60, deadline=None)
 def test_any_box(x: float, y: float, width: float, height: float, seed: bool) -> None:

@@ -65,6 +65,25 @@ def test_an_unwell_robot(case: str) -> None:
     assert len({one.split(":")[0] for one in found}) <= (3 if case == "QoS" else 2), f"nothing else: {found}"
 
 
+def test_a_camera_that_bins_or_sends_a_region_is_well() -> None:
+    info = camera_info_message(NOW, 2 * K, (640, 480))
+    info.k[8] = 1.0
+    info.binning_x = info.binning_y = 2
+    assert problems(heard(camera_info=info)) == []
+    info = camera_info_message(NOW, K, (1000, 800))
+    info.roi.width, info.roi.height = 320, 240
+    assert problems(heard(camera_info=info)) == []
+
+
+def test_a_rectified_image_needs_no_distortion_model() -> None:
+    info = camera_info_message(NOW)
+    info.distortion_model, info.d = "of our own", [0.1] * 4
+    info.p[0], info.p[5], info.p[2], info.p[6], info.p[10] = K[0, 0], K[1, 1], K[0, 2], K[1, 2], 1.0
+    given = heard(camera_info=info)
+    assert any("of our own" in one for one in problems(given))
+    assert [one.what for one in judge(given, 5.0, NOW, rectified=True) if one.level != "ok"] == []
+
+
 def test_nothing_comes() -> None:
     silent = {
         name: Heard(f"/{name}", publishers) for name, publishers in (("image", 0), ("camera_info", 1), ("mask", 1))

@@ -101,6 +101,16 @@ def test_broken_transforms_are_ignored_and_history_is_bounded() -> None:
     np.testing.assert_allclose(tree.rotation("a", "b", SECOND, 0), rotation_matrix(turn(0, 0, 5)), atol=1e-12)
 
 
+def test_a_clock_that_was_set_back_a_little_forgets_what_was_then() -> None:
+    tree = tree_of(*(("a", "b", step * SECOND // 10, turn(0, 0, 0)) for step in range(60)))
+    for step in range(20):  # a simulation that was reset after six seconds, and the camera turned
+        tree.insert("a", "b", step * SECOND // 10, turn(0, 0, 90), static=False)
+    now = tree.rotation("a", "b", 3 * SECOND // 2, 0)
+    np.testing.assert_allclose(now, rotation_matrix(turn(0, 0, 90)), atol=1e-12)
+    tree.insert("a", "b", 17 * SECOND // 10, turn(0, 0, 0), static=False)  # late, but of this time: left out
+    np.testing.assert_allclose(tree.rotation("a", "b", 17 * SECOND // 10, 0), now, atol=1e-12)
+
+
 @given(st.integers(0, 10_000))
 def test_quaternions(seed: int) -> None:
     R = Rotation.random(rng=np.random.default_rng(seed)).as_matrix()
@@ -173,6 +183,22 @@ def test_imu_is_averaged_around_the_image() -> None:
     np.testing.assert_allclose(down, [0, 0, -1], atol=0.02)
     source.add(ImuSample(0, np.array([9.81, 0, 0]), "camera"))  # the clock was set back
     np.testing.assert_allclose(source.down(0)[0], [-1, 0, 0])
+
+
+def test_imu_is_remembered_for_as_long_as_masks_may_take() -> None:
+    source = ImuGravity(history=6 * SECOND)
+    for step in range(8000):  # 1 kHz
+        source.add(ImuSample(step * SECOND // 1000, np.array([0, 0, 9.81]), "camera"))
+        if step == 4000:  # one that overtook another on its way
+            source.add(ImuSample((step - 3) * SECOND // 1000, np.array([9.81, 0, 0]), "camera"))
+    np.testing.assert_allclose(source.down(3 * SECOND)[0], [0, 0, -1])
+    np.testing.assert_allclose(source.down(4 * SECOND)[0], [0, 0, -1])
+    with pytest.raises(InputError, match=r"begins 1\.5 s after the image"):
+        source.down(SECOND // 2)
+    source.history = SECOND
+    source.add(ImuSample(8 * SECOND, np.array([0, 0, 9.81]), "camera"))
+    with pytest.raises(InputError, match="sent nothing"):
+        source.down(3 * SECOND)
 
 
 # --- complaints -----------------------------------------------------------------------------------------------------

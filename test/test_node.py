@@ -467,6 +467,8 @@ def test_register_a_walk_from_the_stream(node: NodeProcess, robot: Robot) -> Non
     assert ask(RegisterFromStream.Request.START, object_id="walked", fixed_frame="map").success
     again = ask(RegisterFromStream.Request.START, object_id="other")
     assert not again.success and "under way" in again.message
+    early = ask(RegisterFromStream.Request.STOP)  # and the walk is not lost
+    assert not early.success and "the walk goes on" in early.message, early.message
     walk_round(robot, 10)
     seen = robot.wait(progress, lambda message: message.frames - message.refused >= 6)
     assert seen.object_id == "walked" and seen.coverage > 0.1

@@ -131,6 +131,29 @@ def test_depth_that_stopped_or_was_lost_holds_nothing_up() -> None:
     assert match is not None and match.image == "image@1.4" and match.depth is None
 
 
+def test_what_was_seen_before_the_clock_was_set_back_is_not_the_latest() -> None:
+    pairs = pairing()
+    for kind in ("camera_info", "image", "mask"):
+        add(pairs, kind, 10)
+    assert pairs.take(0) is not None and pairs.latest() is not None
+    add(pairs, "image", 3)
+    assert pairs.latest() is None
+    add(pairs, "mask", 3)
+    match = pairs.latest()
+    assert match is not None and match.image == "image@3"
+
+
+def test_a_frame_knows_when_it_was_found() -> None:
+    pairs = pairing()
+    for kind in ("camera_info", "image", "mask"):
+        add(pairs, kind, 1)
+    begin = time.monotonic()
+    pairs.take(0)
+    time.sleep(0.02)
+    match = pairs.latest()
+    assert match is not None and begin <= match.found <= time.monotonic() - 0.02
+
+
 def test_looped_bag_starts_over() -> None:
     pairs = pairing()
     add(pairs, "camera_info", 10)

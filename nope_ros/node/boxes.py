@@ -79,10 +79,14 @@ def cut_out(rgb: NDArray[np.uint8], box: Box, *, seed: bool = False) -> NDArray[
     small = cv2.resize(part, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
     labels = np.full(small.shape[:2], cv2.GC_BGD, np.uint8)
     x0, y0, x1, y1 = ((np.array(inner) - np.array([*outer[:2], *outer[:2]])) * scale).round().astype(int).tolist()
-    labels[y0:y1, x0:x1] = cv2.GC_PR_FGD
+    labels[y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)] = cv2.GC_PR_FGD  # a long thin box is less than a pixel high here
     if seed:
+        if not (0 <= box.x < width and 0 <= box.y < height):
+            raise InputError(f"detections: {box.x:g}, {box.y:g} px is not in the image of {width}x{height} px")
         centre = (round((box.x - outer[0]) * scale), round((box.y - outer[1]) * scale))
         cv2.circle(labels, centre, max(2, round(0.06 * (x1 - x0))), cv2.GC_FGD, -1)
+    if not np.isin(labels, (cv2.GC_FGD, cv2.GC_PR_FGD)).any():
+        raise InputError(f"detections: the box at {box.x:g}, {box.y:g} px is too thin to tell what is in it")
     if not (labels == cv2.GC_BGD).any():
         raise InputError("detections: the box fills the image, so nothing tells the object from what is behind it")
     cv2.setRNGSeed(0)  # GrabCut begins with clusters drawn at random; the same image gives the same mask

@@ -8,6 +8,7 @@ stand-in: the files in ``launch/`` are for where it is. Nothing here needs a run
 from __future__ import annotations
 
 import threading
+from bisect import bisect_left
 from collections import defaultdict, deque
 from importlib.util import find_spec
 from typing import Protocol
@@ -132,19 +133,26 @@ class Transforms(Protocol):
         ...
 
 
-_HISTORY = 10_000_000_000  # nanoseconds of transforms kept, as tf2 does
+HISTORY = 10_000_000_000
+"""Nanoseconds of transforms kept, as tf2 does; a node keeps as much longer as images may wait for their masks."""
+
+# Transforms of one sender come in order up to jitter; what is older than this comes from a clock that was set back.
+_JUMP_BACK = 500_000_000
 _InParent = tuple[Array, Array]  # quaternion and origin
 
 
 class TransformTree:
-    """A tree of frames over the last ten seconds; interpolated between stamps, never beyond them.
+    """A tree of frames over the last seconds; interpolated between stamps, never beyond them.
 
     Args:
-        history: nanoseconds of transforms that are kept; None: all.
+        history: nanoseconds of transforms that are kept; None: all, of a clock that only goes forward.
+
+    Attributes:
+        history: the same; may be changed.
     """
 
-    def __init__(self, history: int | None = _HISTORY) -> None:
-        self._history = history
+    def __init__(self, history: int | None = HISTORY) -> None:
+        self.history = history
         self._changed = threading.Condition()
         self._parents: dict[str, str] = {}
         self._fixed: dict[str, _InParent] = {}
@@ -175,9 +183,9 @@ class TransformTree:
                 self._fixed[child] = (xyzw / length, translation)
             else:
                 history = self._moving[child]
-                kept = self._history
-                if kept is not None and history and stamp < history[-1][0] - kept:
-                    history.clear()  # the clock was set back
+                kept = self.history
+                if kept is not None and history and stamp < history[-1][0] - _JUMP_BACK:
+                    history.clear()
                 if not history or stamp > history[-1][0]:
                     history.append((stamp, (xyzw / length, translation)))
                 while kept is not None and history[0][0] < history[-1][0] - kept:
@@ -236,8 +244,8 @@ class TransformTree:
             xyzw, translation = self._fixed[child]
             return rotation_matrix(xyzw), translation
         history = self._moving[child]
-        after = next((index for index, (when, _) in enumerate(history) if when >= stamp), None)
-        if after is None:
+        after = bisect_left(history, stamp, key=lambda entry: entry[0])
+        if after == len(history):
             raise TransformError(f"'{child}' is {(stamp - history[-1][0]) / 1e9:.3f} s behind the image")
         if history[after][0] == stamp:
             xyzw, translation = history[after][1]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import threading
+from bisect import bisect_left, bisect_right
 from collections import deque
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nope_ros.frame import InputError
-from nope_ros.node.distro import TransformError, Transforms
+from nope_ros.node.distro import HISTORY, TransformError, Transforms
 
 Array = NDArray[np.float64]
 
@@ -20,6 +22,8 @@ _TOLERANCE = 2.0
 # Seconds of samples that are averaged, and how old the newest may be.
 _WINDOW = 0.5
 _OLDEST = 1.0
+# Samples come in order up to jitter; what is older than this comes from a clock that was set back.
+_JUMP_BACK = 500_000_000
 
 
 @dataclass(frozen=True)
@@ -32,18 +36,29 @@ class ImuSample:
 
 
 class ImuGravity:
-    """The last samples of an accelerometer."""
+    """The last samples of an accelerometer.
 
-    def __init__(self) -> None:
-        self._samples: deque[ImuSample] = deque(maxlen=1000)
+    Args:
+        history: nanoseconds that are kept: an image waits for its mask, and gravity is that of the image.
+
+    Attributes:
+        history: the same; may be changed.
+    """
+
+    def __init__(self, history: int = HISTORY) -> None:
+        self.history = history
+        self._samples: deque[ImuSample] = deque()
         self._lock = threading.Lock()
 
     def add(self, sample: ImuSample) -> None:
         """Take in a sample."""
         with self._lock:
-            if self._samples and sample.stamp < self._samples[-1].stamp:
-                self._samples.clear()  # the clock was set back
-            self._samples.append(sample)
+            if self._samples and sample.stamp < self._samples[-1].stamp - _JUMP_BACK:
+                self._samples.clear()
+            if not self._samples or sample.stamp >= self._samples[-1].stamp:
+                self._samples.append(sample)
+            while self._samples[0].stamp < self._samples[-1].stamp - self.history:
+                self._samples.popleft()
 
     def down(self, stamp: int) -> tuple[Array, str]:
         """Unit vector (3,) pointing down in the IMU's frame around a stamp, and that frame's name.
@@ -52,9 +67,13 @@ class ImuGravity:
             InputError: if there is no sample of that time, or the IMU is being accelerated.
         """
         with self._lock:
-            samples = [sample for sample in self._samples if abs(sample.stamp - stamp) <= _OLDEST * 1e9]
+            first = bisect_left(self._samples, stamp - _OLDEST * 1e9, key=lambda sample: sample.stamp)
+            last = bisect_right(self._samples, stamp + _OLDEST * 1e9, key=lambda sample: sample.stamp)
+            samples = list(islice(self._samples, first, last))
+            begins = self._samples[0].stamp - stamp if self._samples else 0
         if not samples:
-            raise InputError("gravity: the IMU has sent nothing around the image's stamp")
+            late = f"; what is kept of it begins {begins / 1e9:.1f} s after the image" if begins > 0 else ""
+            raise InputError(f"gravity: the IMU has sent nothing around the image's stamp{late}")
         nearest = min(abs(sample.stamp - stamp) for sample in samples)
         samples = [sample for sample in samples if abs(sample.stamp - stamp) <= nearest + _WINDOW * 1e9 / 2]
         mean = np.mean([sample.acceleration for sample in samples], axis=0)

@@ -82,13 +82,13 @@ def _decompressed(message: CompressedImage) -> NDArray[np.uint8]:
     if data.size == 0:
         raise InputError("image: the compressed image is empty")
     _check_announced_size(data)
-    decoded = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB)
+    decoded = cv2.imdecode(data, cv2.IMREAD_COLOR)
     if decoded is None:
         raise InputError(
             f"image: format '{message.format}' ({data.size} bytes) cannot be decoded; was it cut short, or is it "
             "neither JPEG nor PNG?"
         )
-    rgb: NDArray[np.uint8] = decoded
+    rgb: NDArray[np.uint8] = cv2.cvtColor(decoded, cv2.COLOR_BGR2RGB, dst=decoded)
     return rgb
 
 

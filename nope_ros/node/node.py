@@ -54,6 +54,8 @@ from nope_ros.video import summary
 _THREADS = 6
 # A problem stays in the diagnostics this long, seconds.
 _REMEMBERED = 5.0
+# A frame older than this is named with its age where an object is registered from it, in seconds.
+_FRESH = 2.0
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,9 @@ def _aloud(transition: Transition) -> Transition:
     def told(self: NopeNode, state: LifecycleState) -> TransitionCallbackReturn:
         try:
             return transition(self, state)
-        except Exception:
+        except Exception as error:
             self.get_logger().error(traceback.format_exc())
+            self._refused = f"{type(error).__name__}: {error}"
             raise
 
     return told
@@ -124,6 +127,7 @@ class NopeNode(LifecycleNode):
         self._sightings: dict[str, Sighting] = {}
         self._registry = threading.RLock()
         self._stream: StreamRegistration | None = None
+        self._tracked_in = ""
         self._marked: frozenset[str] = frozenset()
         self._transforms: distro.Transforms | None = None
         self._imu: ImuGravity | None = None
@@ -194,13 +198,13 @@ class NopeNode(LifecycleNode):
         self._refused = ""
         if settings.gravity_imu_topic:
             self._imu_input = self._listen(Imu, settings.gravity_imu_topic, self._receive_imu)
-            self._imu = ImuGravity()
+            self._imu = ImuGravity(self._history)
             self._use_parameters([])
         for problem in loaded.problems:
             self._complain(problem)
         for registered in loaded.objects:
             try:
-                self._add(registered)
+                self._add(registered, overwrite=False)
             except InputError as error:
                 self._complain(error)
         stop = threading.Event()
@@ -327,7 +331,11 @@ class NopeNode(LifecycleNode):
         self._pairing.patience = int(settings.mask_patience * 1e9)
         self._pairing.capacity = settings.buffer_megabytes * 1_000_000
         if self._transforms is None and settings.needs_transforms:
-            self._transforms = tf.listen(self)
+            self._transforms = tf.listen(self, self._history)
+        if isinstance(self._transforms, distro.TransformTree):
+            self._transforms.history = self._history
+        if self._imu is not None:
+            self._imu.history = self._history
         vector = np.array(settings.gravity_vector)
         self._gravity = Gravity(
             vector=vector if vector.any() else None,
@@ -336,6 +344,11 @@ class NopeNode(LifecycleNode):
             transforms=self._transforms,
             timeout=settings.gravity_timeout,
         )
+
+    @property
+    def _history(self) -> int:
+        """Nanoseconds for which TF and IMU are kept: gravity is asked for when the mask has come."""
+        return distro.HISTORY + int(self._settings.mask_patience * 1e9)
 
     # --- inputs -----------------------------------------------------------------------------------------------------
 
@@ -351,11 +364,12 @@ class NopeNode(LifecycleNode):
         self._pairing.add(kind, stamp, message, 0 if kind == "camera_info" else len(message.data))
 
     def _receive_imu(self, message: Imu) -> None:
-        if self._imu is not None:
+        imu = self._imu  # deactivation takes it away at any time
+        if imu is not None:
             felt = message.linear_acceleration
             acceleration = np.array([felt.x, felt.y, felt.z])
             stamp = messages.nanoseconds(message.header.stamp)
-            self._imu.add(ImuSample(stamp, acceleration, message.header.frame_id))
+            imu.add(ImuSample(stamp, acceleration, message.header.frame_id))
 
     # --- the worker -------------------------------------------------------------------------------------------------
 
@@ -378,7 +392,11 @@ class NopeNode(LifecycleNode):
         stream = self._stream
         objects = list(self._objects.values())
         try:
-            if stream is not None and stream.look(match, self._gravity, rectified=settings.rectified):
+            if settings.fixed_frame != self._tracked_in:  # belief is of the frame it was gathered in
+                session.tracker.reset()
+                self._tracked_in = settings.fixed_frame
+            looked = stream is not None and stream.look(match, self._gravity, rectified=settings.rectified)
+            if stream is not None and looked and self._wanted(topics.PROGRESS):
                 self._outputs[topics.PROGRESS].publish(stream.progress("collecting frames"))
             with timed() as seconds:
                 result = estimate(
@@ -427,15 +445,23 @@ class NopeNode(LifecycleNode):
 
     # --- objects ----------------------------------------------------------------------------------------------------
 
-    def _add(self, registered: RegisteredObject) -> None:
+    def _check_name(self, object_id: str, overwrite: bool) -> None:
+        """Whether an object may be registered under a name, as things are now."""
+        check_object_id(object_id)
+        topic = topics.object_topic(object_id)
+        for other in self._objects:
+            if other != object_id and topics.object_topic(other) == topic:
+                raise InputError(
+                    f"object_id: '{object_id}' would publish on the topic of '{other}'; choose another name"
+                )
+        if object_id in self._objects and not overwrite:
+            raise InputError(f"object_id: '{object_id}' is registered already; set overwrite to replace it")
+
+    def _add(self, registered: RegisteredObject, overwrite: bool) -> None:
         with self._registry:
             object_id = registered.object_id
+            self._check_name(object_id, overwrite)
             topic = topics.object_topic(object_id)
-            for other in self._objects:
-                if other != object_id and topics.object_topic(other) == topic:
-                    raise InputError(
-                        f"object_id: '{object_id}' would publish on the topic of '{other}'; choose another name"
-                    )
             if object_id not in self._pose_publishers:
                 self._pose_publishers[object_id] = self._publisher(topics.OBJECT_POSE, topic)
             self._objects = {**self._objects, object_id: registered}
@@ -463,27 +489,29 @@ class NopeNode(LifecycleNode):
 
     def _registered(self, request: RegisterObject.Request) -> tuple[RegisteredObject, str]:
         session = self._active()
-        object_id = check_object_id(request.object_id)
-        if object_id in self._objects and not request.overwrite:
-            raise InputError(f"object_id: '{object_id}' is registered already; set overwrite to replace it")
+        object_id = request.object_id
+        self._check_name(object_id, request.overwrite)
         settings = self._settings
         use_threads(settings.threads)
+        age = 0.0
         if request.mesh_file:
             registered = register_mesh(session.estimator, request, settings.mesh_directory)
         else:
             match = requested_match(request, self._pairing.latest())
+            age = time.monotonic() - match.found
             registered = register(session.estimator, request, match, self._gravity, rectified=settings.rectified)
         note = "" if registered.metric else "; its distance is unknown and is the unit of length"
         note += "" if registered.gravity_known else "; without gravity, so any orientation is possible"
-        note += self._keep(registered, session)
+        note += f"; from a frame of {age:.0f} s ago" if age > _FRESH else ""
+        note += self._keep(registered, session, request.overwrite)
         return registered, f"Registered '{object_id}': {registered.template_count} templates{note}"
 
-    def _keep(self, registered: RegisteredObject, session: Session) -> str:
+    def _keep(self, registered: RegisteredObject, session: Session, overwrite: bool) -> str:
         """Look for an object from now on, and write it down; what went wrong with the latter, or ''."""
         with self._registry:
             if self._session is not session:
                 raise InputError("the node was deactivated meanwhile; activate it and register again")
-            self._add(registered)
+            self._add(registered, overwrite)  # another call may have taken the name meanwhile
             try:
                 session.store.save(registered)
             except StoreError as error:
@@ -503,12 +531,12 @@ class NopeNode(LifecycleNode):
             elif stream is None:
                 raise InputError("no walk has been started; call with START, go round the object, then STOP")
             elif request.command == request.STOP:
-                self._stream = None
                 use_threads(self._settings.threads)
                 registered = stream.register(session.estimator, partial(self._tell, stream))
                 keyframes = registered.keyframes
                 assert keyframes is not None
-                note = self._keep(registered, session)
+                note = self._keep(registered, session, stream.overwrite)
+                self._stream = None
                 response.keyframes = len(keyframes.names)
                 told = summary(keyframes)[len(keyframes.refused) :]
                 response.message = f"Registered '{stream.object_id}': {'; '.join(told)}{note}"
@@ -524,7 +552,9 @@ class NopeNode(LifecycleNode):
         except (InputError, torch.cuda.OutOfMemoryError) as error:
             self._complain(f"register_from_stream: {error}")
             response.message = str(error)
-            if stream is not None and self._stream is None:
+            if stream is not None and stream is self._stream and request.command == request.STOP:
+                stream.go_on()  # minutes of walking are not thrown away
+                response.message += "; the walk goes on: STOP again, or CANCEL"
                 self._tell(stream, "failed")
         else:
             response.success = True
@@ -534,13 +564,17 @@ class NopeNode(LifecycleNode):
         return response
 
     def _start_stream(self, request: RegisterFromStream.Request, session: Session) -> str:
-        object_id = check_object_id(request.object_id)
+        object_id = request.object_id
         if self._stream is not None:
             raise InputError(f"a walk round '{self._stream.object_id}' is under way; STOP or CANCEL it first")
-        if object_id in self._objects and not request.overwrite:
-            raise InputError(f"object_id: '{object_id}' is registered already; set overwrite to replace it")
+        self._check_name(object_id, request.overwrite)
+        distance = request.reference_distance
+        if not (np.isfinite(distance) and distance >= 0):
+            raise InputError(
+                f"reference_distance: {distance:g} is not a distance; give metres, or 0 if it is not known"
+            )
         if request.fixed_frame and self._transforms is None:
-            self._transforms = tf.listen(self)
+            self._transforms = tf.listen(self, self._history)
         transforms = self._transforms if request.fixed_frame else None
         self._stream = StreamRegistration(request, session.estimator.predictor.crop_size, transforms)
         return f"Collecting frames of '{object_id}': go round it, then STOP"

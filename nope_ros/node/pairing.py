@@ -7,9 +7,10 @@ so of all complete frames only the newest is handed out and the rest counted. Wh
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 Kind = Literal["image", "mask", "camera_info", "depth"]
@@ -36,6 +37,7 @@ class Match:
         mask: the mask message of the same stamp.
         camera_info: calibration of the same stamp, or the newest one.
         depth: depth message of the same stamp, or None.
+        found: when they were put together, monotonic seconds.
     """
 
     stamp: int
@@ -43,6 +45,7 @@ class Match:
     mask: Any
     camera_info: Any
     depth: Any = None
+    found: float = field(default_factory=time.monotonic, compare=False)
 
 
 @dataclass(frozen=True)
@@ -174,6 +177,7 @@ class Pairing:
             calibrations = list(self._calibrations)[-1:]
             self._let_go(lambda _: True)
             self._forget()
+            self._last = None  # of another time: what it shows may have been put away since
             self._calibrations.extend(calibrations)
             self._count(restarts=1)
         self._newest_image = stamp if self._newest_image is None else max(stamp, self._newest_image)

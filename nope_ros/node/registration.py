@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,12 +15,15 @@ from nope_ros.node.gravity import Gravity
 from nope_ros.node.pairing import Match
 from nope_ros.srv import RegisterObject
 
+STALE = 60.0
+"""Seconds after which the latest frame is no longer what stands before the camera."""
+
 
 def requested_match(request: RegisterObject.Request, latest: Match | None) -> Match:
     """The messages to register from: those of the request, or the latest frame if it has none.
 
     Raises:
-        InputError: if the request has some of them only, or there is no frame.
+        InputError: if the request has some of them only, or there is no frame, or none of the last minute.
     """
     given = {
         "image": request.image.height > 0,
@@ -29,6 +33,12 @@ def requested_match(request: RegisterObject.Request, latest: Match | None) -> Ma
     if not any(given.values()):
         if latest is None:
             raise InputError("no frame of image, mask and camera_info has been received yet; send one, or give one")
+        age = time.monotonic() - latest.found
+        if age > STALE:
+            raise InputError(
+                f"the latest frame that has a mask is of {age:.0f} s ago, and what it shows may be gone; does the "
+                "segmentation still run? Send a mask, or give image, mask and camera_info in the request"
+            )
         return latest
     if not all(given.values()):
         missing = ", ".join(name for name, there in given.items() if not there)

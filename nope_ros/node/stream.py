@@ -31,26 +31,31 @@ class StreamRegistration:
 
     Attributes:
         object_id: of the object.
+        overwrite: whether it may take the place of one of that name.
         walk: what was collected.
     """
 
     def __init__(self, request: RegisterFromStream.Request, crop_size: int, transforms: Transforms | None) -> None:
         self.object_id: str = request.object_id
+        self.overwrite: bool = request.overwrite
         self.walk = Walk(crop_size)
         self._request = request
         self._transforms = transforms
         self._lock = threading.Lock()
         self._closed = False
         self._told = 0  # refusals, of those that were noted
+        self._full = False
 
     def look(self, match: Match, gravity: Gravity, *, rectified: bool) -> bool:
-        """Take in a frame; what is wrong with it is noted. False once the walk has ended."""
+        """Take in a frame; what is wrong with it is noted. False while the walk is closed."""
         name = f"{match.stamp / 1e9:.3f}"
         with self._lock:
             if self._closed:
                 return False
             if len(self.walk) >= MOST_FRAMES:
-                self.walk.refuse(name, f"the walk has {MOST_FRAMES} frames already; stop it")
+                if not self._full:  # once: a walk that nobody stops must not grow
+                    self._full = True
+                    self.walk.refuse(name, f"the walk has {MOST_FRAMES} frames already; stop it")
                 return True
             try:
                 frame = reference_frame(match, self._request.instance, rectified=rectified)
@@ -73,11 +78,16 @@ class StreamRegistration:
         with self._lock:
             self._closed = True
 
+    def go_on(self) -> None:
+        """Take in frames again."""
+        with self._lock:
+            self._closed = False
+
     def register(self, estimator: PoseEstimator, report: Callable[[str], None]) -> RegisteredObject:
         """Learn the object from what was collected, telling ``report`` what is being done.
 
         Raises:
-            InputError: if that is too little.
+            InputError: if that is too little. The walk is closed then too.
         """
         self.end()
         distance = self._request.reference_distance

@@ -14,7 +14,7 @@ from rclpy.qos import DurabilityPolicy, QoSProfile
 from rclpy.time import Time
 from tf2_msgs.msg import TFMessage
 
-from nope_ros.node.distro import Array, TransformError, Transforms, TransformTree, rotation_matrix
+from nope_ros.node.distro import HISTORY, Array, TransformError, Transforms, TransformTree, rotation_matrix
 
 try:
     import tf2_ros
@@ -30,9 +30,14 @@ class Broadcaster(Protocol):
         ...
 
 
-def listen(node: Node) -> Transforms:
-    """Start to collect what is on /tf and /tf_static. The node must be spun by another thread than asks."""
-    return TransformListener(node) if tf2_ros is None else _Tf2Listener(node)
+def listen(node: Node, history: int = HISTORY) -> Transforms:
+    """Start to collect what is on /tf and /tf_static. The node must be spun by another thread than asks.
+
+    Args:
+        node: that listens.
+        history: nanoseconds of transforms that are kept.
+    """
+    return TransformListener(node, history) if tf2_ros is None else _Tf2Listener(node, history)
 
 
 def broadcaster(node: Node) -> Broadcaster:
@@ -42,8 +47,8 @@ def broadcaster(node: Node) -> Broadcaster:
 
 
 class _Tf2Listener:
-    def __init__(self, node: Node) -> None:
-        self._buffer = tf2_ros.Buffer(node=node)
+    def __init__(self, node: Node, history: int) -> None:
+        self._buffer = tf2_ros.Buffer(cache_time=Duration(nanoseconds=history), node=node)
         self._listener = tf2_ros.TransformListener(self._buffer, node)
 
     def rotation(self, target: str, source: str, stamp: int, timeout: float) -> Array:
@@ -70,8 +75,8 @@ class _Broadcaster:
 class TransformListener(TransformTree):
     """A ``TransformTree`` fed by /tf and /tf_static."""
 
-    def __init__(self, node: Node) -> None:
-        super().__init__()
+    def __init__(self, node: Node, history: int) -> None:
+        super().__init__(history)
         latched = QoSProfile(depth=100, durability=DurabilityPolicy.TRANSIENT_LOCAL)
         group = MutuallyExclusiveCallbackGroup()
         for topic, qos, static in (("/tf", QoSProfile(depth=100), False), ("/tf_static", latched, True)):
