@@ -27,6 +27,7 @@ def write_pictures(
     folder: Path,
     evaluation_set: EvaluationSet | None = None,
     protocols: Sequence[Prior] = PRIORS,
+    title: str | None = None,
 ) -> list[Path]:
     """Draw ``reliability_<kind>.png`` and ``confidence_<kind>.png``, and ``examples_<kind>_<protocol>.png`` of the set.
 
@@ -35,6 +36,7 @@ def write_pictures(
         folder: made if it is not there.
         evaluation_set: where examples come from; without it there are none.
         protocols: whose examples are drawn; each goes through the whole set once more.
+        title: over the figures; by default the report's kind.
 
     Returns:
         Their paths, none if nothing can be judged.
@@ -50,7 +52,7 @@ def write_pictures(
     written = []
     for name, draw in (("reliability", _reliability_figure), ("confidence", _confidence_figure)):
         path = folder / f"{name}_{report.kind}.png"
-        draw(scores, report).savefig(path, dpi=_DPI)
+        draw(scores, title or report.kind).savefig(path, dpi=_DPI)
         written.append(path)
     if evaluation_set is not None:
         for prior, part in ((prior, scores[prior]) for prior in protocols if prior in scores):
@@ -116,7 +118,7 @@ def _example(score: PairScore, reference: View, query: View) -> NDArray[np.uint8
     return np.concatenate(pictures, axis=1)
 
 
-def _reliability_figure(scores: dict[str, list[PairScore]], report: Report) -> Figure:
+def _reliability_figure(scores: dict[str, list[PairScore]], title: str) -> Figure:
     """Mass of the credible set against the share of pairs whose truth is in it: an honest model is on the diagonal."""
     figure = Figure(figsize=(5, 5), layout="constrained")
     axes = figure.subplots()
@@ -127,7 +129,7 @@ def _reliability_figure(scores: dict[str, list[PairScore]], report: Report) -> F
     axes.set(
         xlabel="mass of the credible set, %",
         ylabel="truth is in it, % of pairs",
-        title=f"{report.kind}: above the diagonal too modest,\nbelow it too sure",
+        title=f"{title}: above the diagonal too modest,\nbelow it too sure",
         xlim=(0, 100),
         ylim=(0, 100),
         aspect="equal",
@@ -136,7 +138,7 @@ def _reliability_figure(scores: dict[str, list[PairScore]], report: Report) -> F
     return figure
 
 
-def _confidence_figure(scores: dict[str, list[PairScore]], report: Report) -> Figure:
+def _confidence_figure(scores: dict[str, list[PairScore]], title: str) -> Figure:
     """Left: error against confidence. Right: what errors remain when only the most confident answers are kept."""
     figure = Figure(figsize=(10, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -150,7 +152,7 @@ def _confidence_figure(scores: dict[str, list[PairScore]], report: Report) -> Fi
         wrong = 100 * np.cumsum(error[order] >= 30) / kept
         right.plot(100 * kept / len(kept), wrong, color=_COLOURS[prior], label=prior)
     left.plot([0, 1], [0, 100], color="0.7", linewidth=1)
-    left.set(xlabel="confidence (probability within 30°)", ylabel="error below 30°, % of pairs", title=report.kind)
+    left.set(xlabel="confidence (probability within 30°)", ylabel="error below 30°, % of pairs", title=title)
     left.legend(frameon=False)
     right.set(xlabel="most confident answers kept, %", ylabel="of these wrong by 30° or more, %", ylim=(0, None))
     return figure

@@ -354,7 +354,9 @@ def main(arguments: list[str] | None = None) -> None:
     for title, found in sets:
         outcomes = on_pairs(found, estimator, refinements)
         rows = [row(prior, stage, outcomes[prior, stage]) for prior in PRIORS for stage in _stages(outcomes, prior)]
-        tables.append(f"## {title}\n\n{_table(_HEAD, rows)}")
+        count = len(outcomes[PRIORS[0], "template"])
+        few = f"One pair in {count} is {100 / count:.1f} points; [benchmark](benchmark.md) has many more.\n\n"
+        tables.append(f"## {title}\n\n{few if count < 200 else ''}{_table(_HEAD, rows)}")
     rolls = on_rolls(procedural_set(count=given.count, pairs=given.pairs, protocols=("upright",)), estimator)
     rows = [row("free", way, outcomes) for way, outcomes in rolls.items()]
     tables.append(f"## The templates under any roll: the same views of level cameras\n\n{_table(_HEAD, rows)}")

@@ -172,7 +172,8 @@ def run_job(job: Job, folder: Path) -> str:
         raise InputError(f"{weights} changed while it was evaluated; run the report again")
     if estimator is not None:
         shutil.rmtree(folder / job.name, ignore_errors=True)
-        write_pictures(report, folder / job.name, sets[0] if job.tested.shown else None, (job.tested.exemplary,))
+        examples = sets[0] if job.tested.shown else None
+        write_pictures(report, folder / job.name, examples, (job.tested.exemplary,), job.tested.title)
     unfinished = folder / f".{job.name}.{os.getpid()}"
     unfinished.write_text(json.dumps({"stamp": job.stamp, **report.to_dict()}, indent=1) + "\n", encoding="utf-8")
     unfinished.replace(folder / f"{job.name}.json")
@@ -423,7 +424,7 @@ def _goals(
             if prior in PRIORS and "all" in figures and figures["all"]["coverage90"] is not None
         }
         if cover:
-            shown = ", ".join(f"{prior} {value:.0f}" for prior, value in cover.items())
+            shown = ", ".join(f"{prior} {value:.1f}" for prior, value in cover.items())
             reached = all(86 <= value <= 94 for value in cover.values())
             row(f"{title}: the 90 % set covers", "86–94 %", 1.0, shown, reached)
     if speed is not None:
