@@ -289,7 +289,7 @@ class _Run:
             latency_ms=_percentiles([seconds for _, seconds in waited]),
             service_ms=_percentiles(services),
             cpu_percent=float(spent[1]),
-            others_percent=float(spent[4] - spent[1] - spent[3]),
+            others_percent=max(float(spent[4] - spent[1] - spent[3]), 0.0),  # two clocks: idle can come out below it
             cores=os.cpu_count() or 1,
             memory=tuple((round(now - begin, 1), round(megabytes, 2)) for now, _, megabytes, *_ in used.tolist()),
             latency=tuple((round(when, 2), round(1000 * seconds, 1)) for when, seconds in waited),
