@@ -52,7 +52,7 @@ from nope_ros.pose import (
 )
 from nope_ros.prior import constrained
 from nope_ros.refine import Refined, over_modes
-from nope_ros.rotations import exp, twist
+from nope_ros.rotations import exp, geodesic_distance, twist
 
 if TYPE_CHECKING:
     from nope_ros.estimator import RegisteredObject
@@ -336,6 +336,9 @@ class CorrespondenceRefiner:
         apart = y - matches.points @ (R @ matches.R_view.T).T
         known = np.isfinite(apart).all(-1) & (matches.weights > 0)
         centre = np.median(apart[known], axis=0)
+        # The rotation is the estimate's, and so is its mode, whichever was chosen from the image.
+        own = min(found.modes, key=lambda mode: float(geodesic_distance(mode.R, estimate.delta_R)))
+        found = replace(found, modes=(own, *(mode for mode in found.modes if mode is not own)))
         return self._refined("depth", query, registered, estimate, found, R, centre, None)
 
     def answer_in_depth(

@@ -135,7 +135,7 @@ def sampled(surface: Array, places: Array, rho: float) -> Array:
 
 
 def normals_of(surface: Array) -> Array:
-    """Unit normals (n, n, 3) towards the camera of a surface (n, n, 3); NaN where a neighbour is missing or far."""
+    """Unit normals (n, n, 3) towards the camera of a surface (n, n, 3); NaN where a neighbour is missing."""
     right, down = np.full_like(surface, np.nan), np.full_like(surface, np.nan)
     right[:, 1:-1] = surface[:, 2:] - surface[:, :-2]
     down[1:-1] = surface[2:] - surface[:-2]

@@ -56,6 +56,7 @@ class PoseEstimate:
         similarity: whether it is this object at all, at most 1: see ``nope_ros.match.Bank``.
         prior: what was assumed of gravity.
         truncated: whether the mask reaches the image border.
+        reference: what it was placed by: of a mesh or a walk, the side that was taken to be seen.
         stage: what the pose comes from. The distribution is that of the templates, its modes weighed anew where a
             refiner has compared them; refiners do not narrow it.
     """
@@ -72,7 +73,21 @@ class PoseEstimate:
     similarity: float
     prior: Prior
     truncated: bool
+    reference: ReferencePose
     stage: Stage = "template"
+
+    @property
+    def centre(self) -> Array:
+        """(3,) of the object's outline, which was seen; the origin is its offset further on."""
+        seen: Array = self.t_camera_object - self.R_camera_object @ self.reference.offset_object
+        return seen
+
+    @property
+    def centre_covariance(self) -> Array:
+        """(3, 3) of ``centre``: the origin's, less what a turn about the centre moves the origin."""
+        lever = lever_arm(self.R_camera_object @ self.reference.offset_object)
+        known: Array = self.covariance[:3, :3] - lever @ self.covariance[3:, 3:] @ lever.T
+        return known
 
     @property
     def confidence(self) -> float:
@@ -173,9 +188,9 @@ class ReferencePose:
         distance, metric = 1.0, True
         if t_camera_object is not None:
             t = np.asarray(t_camera_object, dtype=np.float64)
-            distance = float(axis @ t)
-            if t.shape != (3,) or not np.isfinite(t).all() or distance <= 0:
+            if t.shape != (3,) or not np.isfinite(t).all() or axis @ t <= 0:
                 raise InputError("reference pose: t_camera_object must be 3 finite numbers, in front of the camera")
+            distance = float(axis @ t)
         elif reference_distance is not None:
             distance = float(reference_distance)
         elif object_diameter is not None:
@@ -301,6 +316,7 @@ def pose_estimate(
         similarity=similarity,
         prior=prior,
         truncated=frame.touches_border,
+        reference=reference,
     )
 
 

@@ -21,7 +21,7 @@ from nope_ros.depth import measured_surface
 from nope_ros.distribution import CONFIDENCE_RADIUS, Mode, RotationDistribution
 from nope_ros.frame import Frame, InputError
 from nope_ros.latent import Predictor
-from nope_ros.pose import PoseEstimate, ReferencePose, Stage, lever_arm, place
+from nope_ros.pose import PoseEstimate, ReferencePose, Stage, place
 from nope_ros.rotations import geodesic_distance, log
 
 if TYPE_CHECKING:
@@ -157,14 +157,12 @@ def load_refiner(step: Step, predictor: Predictor) -> Refiner:
 
 
 def moved(estimate: PoseEstimate, refined: Refined, reference: ReferencePose) -> PoseEstimate:
-    """The estimate with a refiner's pose in place of its own."""
-    # What the refiner left alone is taken back out of the pose: origin to centre, and the lever out of the covariance.
-    arm = estimate.R_camera_object @ reference.offset_object
-    centre = estimate.t_camera_object - arm if refined.centre is None else refined.centre
+    """The estimate with a refiner's pose in place of its own, placed by ``reference``: a side of the object."""
+    # What the refiner left alone is taken back out of the pose.
+    centre = estimate.centre if refined.centre is None else refined.centre
     centre_covariance = refined.centre_covariance
     if centre_covariance is None:
-        lever = lever_arm(arm)
-        centre_covariance = estimate.covariance[:3, :3] - lever @ estimate.covariance[3:, 3:] @ lever.T
+        centre_covariance = estimate.centre_covariance
     placed = place(reference, refined.modes, centre, centre_covariance, refined.rotation_covariance)
     return replace(
         estimate,
@@ -174,5 +172,6 @@ def moved(estimate: PoseEstimate, refined: Refined, reference: ReferencePose) ->
         covariance=placed.covariance,
         modes=placed.modes,
         stage=refined.stage,
+        reference=reference,
         distribution=refined.distribution or estimate.distribution,
     )

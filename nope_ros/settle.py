@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from nope_ros.crop import FILL
 from nope_ros.depth import Model, Slid, normals_of, slide
 from nope_ros.distribution import Mode
-from nope_ros.pose import PoseEstimate, ReferencePose, lever_arm
+from nope_ros.pose import PoseEstimate, ReferencePose
 from nope_ros.prior import constrained
 from nope_ros.refine import Query, Refined, moved, over_modes
 from nope_ros.rotations import geodesic_distance
@@ -34,7 +34,7 @@ _VIEWS = 4
 _SLACK, _NOISE = 0.04, 0.0025
 # A proposal is taken in place of the templates' answer if so much less is left between the surfaces.
 _BETTER = 0.7
-# How far the surfaces mislead, radii: as if so many points erred together, so that their number does not help.
+# How far each point of the surfaces misleads, radii: far more than it errs, since points that lie together err alike.
 _SURFACE_SIGMA = 0.03
 # Least share of what the query shows that has to have a partner on the object's surface; of a proposal, more.
 _OVERLAP, _OVERLAP_PROPOSED = 0.3, 0.5
@@ -99,7 +99,7 @@ class Settling:
         axis = None
         if estimate.prior == "standing" and self.query.gravity_virtual is not None:
             axis = R_virtual.T @ self.query.gravity_virtual
-        centre = estimate.t_camera_object - R @ self._reference(estimate).offset_object
+        centre = estimate.centre
         noise = _NOISE * float(centre @ centre) / model.radius
         tolerance = float(np.hypot(_SLACK, noise))
         slid = slide(
@@ -121,14 +121,10 @@ class Settling:
         centre = slid.t - slid.R @ reference.offset_object
         radius = reference.distance * reference.angular_radius
         # What the estimate knew is sharpened by what the surfaces say; where they leave a turn open, it stays as wide.
-        # Of the origin about which it is known, the lever is taken out first, and put in again by ``moved``.
-        lever = lever_arm(estimate.R_camera_object @ reference.offset_object)
-        known = estimate.covariance[3:, 3:]
-        centre_known = estimate.covariance[:3, :3] - lever @ known @ lever.T
         before = np.zeros((6, 6))
         least = 1e-6 * np.eye(3)  # what a prior excludes has no spread
-        before[:3, :3] = np.linalg.inv(known + least)
-        before[3:, 3:] = np.linalg.inv(centre_known / radius**2 + least)
+        before[:3, :3] = np.linalg.inv(estimate.covariance[3:, 3:] + least)
+        before[3:, 3:] = np.linalg.inv(estimate.centre_covariance / radius**2 + least)
         after = np.linalg.inv(before + slid.information / _SURFACE_SIGMA**2).astype(np.float64)
         rotation = over_modes(estimate.distribution, modes[0], after[:3, :3])
         refined = Refined("surface", modes, rotation, centre, radius**2 * after[3:, 3:])

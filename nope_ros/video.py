@@ -369,8 +369,11 @@ def plan_keyframes(
     chosen = farthest(-R_virtual[:, 2], count, np.array([view.sharpness for view in views]))
     up, how = _up(views, rotations)
     R_fixed_object = _frame_of(up, -R_virtual[0, 2])
-    if how == "turntable":  # gravity after all: crops as a robot that knows it would make them
-        views = [_levelled(view, -rotation @ up) for view, rotation in zip(views, rotations, strict=True)]
+    if how != "image":  # gravity is known after all, also where a frame came without: crops as if it had had it
+        views = [
+            view if view.gravity_camera is not None else _levelled(view, -rotation @ up)
+            for view, rotation in zip(views, rotations, strict=True)
+        ]
     views, rotations = [views[index] for index in chosen], rotations[chosen]
     R_camera_object = rotations @ R_fixed_object
     R_virtual_object = np.stack([view.crop.R_virtual_camera for view in views]) @ R_camera_object

@@ -13,10 +13,12 @@ import pytest
 import torch
 
 from nope_ros import InputError, PoseEstimator
+from nope_ros.distribution import Mode
 from nope_ros.latent import RotatedLatentPredictor
 from nope_ros.match import TemplateBank, predict_bank
 from nope_ros.models.rotated_latent import RotatedLatentConfig, RotatedLatentNetwork
 from nope_ros.prior import free_rotations
+from nope_ros.refine import Refined, moved
 from nope_ros.rotations import exp, geodesic_distance, look_at
 from nope_ros.store import ObjectStore, StoreError, check_object_id
 from nope_ros.training.procedural import procedural_object
@@ -159,8 +161,9 @@ def test_a_reference_pose_names_the_object_frame(estimator):
     np.testing.assert_allclose(registered.reference.t_camera_object, t)
     with pytest.raises(InputError, match="not a rotation"):
         estimator.register(*seen(), R_camera_object=np.eye(3) * 2)
-    with pytest.raises(InputError, match="in front of the camera"):
-        estimator.register(*seen(), t_camera_object=np.array([0, 0, -1.0]))
+    for wrong in ([0, 0, -1.0], [0, 0, 1.0, 1.0], [0, 1.0], [[0], [0], [1.0]]):
+        with pytest.raises(InputError, match="in front of the camera"):
+            estimator.register(*seen(), t_camera_object=np.array(wrong))
     with pytest.raises(InputError, match="reference_distance"):
         estimator.register(*seen(), reference_distance=-1.0)
 
@@ -178,6 +181,22 @@ def test_covariance_is_symmetric_positive_and_follows_the_lever(estimator):
     measured = moved.T @ small / len(small) / 1e-6
     predicted = pose.covariance[:3, 3:] @ np.linalg.inv(pose.covariance[3:, 3:])
     np.testing.assert_allclose(measured, predicted, atol=0.03)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_pose_that_is_moved_from_side_to_side_keeps_its_centre_and_a_covariance(estimator, seed):
+    """Of a mesh or a walk each side has its own centre: what is taken out is what was put in, not the next side's."""
+    rng = np.random.default_rng(seed)
+    registered = estimator.register(*seen(), R_camera_object=REFERENCE, t_camera_object=np.array([0.5, 0.3, 8.0]))
+    pose = estimator.estimate(*seen(look_at(np.array([1, -0.3, 0.4]))), registered)
+    centre, own = pose.centre, pose.centre_covariance
+    for _ in range(3):
+        side = replace(registered.reference, offset_object=rng.normal(size=3))
+        modes = (Mode(exp(0.2 * rng.normal(size=3)) @ pose.delta_R, 0.6),)
+        pose = moved(pose, Refined("offsets", modes, 1e-3 * np.eye(3)), side)
+        np.testing.assert_allclose(pose.centre, centre, atol=1e-9)
+        np.testing.assert_allclose(pose.centre_covariance, own, atol=1e-9)
+        assert np.linalg.eigvalsh(pose.covariance).min() > 0
 
 
 def test_gravity_that_is_no_direction_is_refused(estimator):

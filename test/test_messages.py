@@ -20,7 +20,7 @@ from visualization_msgs.msg import Marker
 from nope_ros.distribution import RotationDistribution
 from nope_ros.frame import InputError
 from nope_ros.node import messages
-from nope_ros.pose import PoseEstimate, PoseMode
+from nope_ros.pose import PoseEstimate, PoseMode, ReferencePose
 from nope_ros.rotations import exp, geodesic_distance, icosphere, rotation_grid
 
 HEADER = Header(frame_id="camera_optical")
@@ -288,6 +288,7 @@ def estimate_of(seed: int = 0) -> PoseEstimate:
         similarity=0.7,
         prior="free",
         truncated=False,
+        reference=ReferencePose(R_reference, t, 1.0, 0.2, np.zeros(3), True),
     )
 
 

@@ -116,6 +116,25 @@ def test_an_unseen_view_is_found_in_the_frame_of_the_walk(estimator, registered,
     assert np.median(errors) < 25
 
 
+def test_a_walk_whose_first_frame_came_without_gravity_is_level_all_the_same(estimator):
+    """An IMU that starts late, and a camera held on its side."""
+    poses = [camera(direction, roll=1.5) for direction in ROUND]
+    down = [None, *(R @ [0, 0, -1.0] for R, _ in poses[1:])]
+    walked = estimator.register_views(
+        [photograph(pose) for pose in poses], poses=poses, gravity_camera=down, object_id="walked"
+    )
+    assert walked.gravity_known
+    assert abs(walked.gravity_virtual[0]) < 0.02 and walked.gravity_virtual[1] > 0.5
+    errors = []
+    for angle in (0.3, 2.2, 4.1):
+        pose = camera(np.array([np.cos(angle), np.sin(angle), 0.75]), roll=1.5)
+        level = pose[0] @ [0, 0, -1.0]
+        (found,) = estimator.estimate_frame(photograph(pose), [walked], prior="upright", gravity_camera=level)
+        R_true = pose[0] @ walked.keyframes.R_fixed_object
+        errors.append(np.degrees(geodesic_distance(found.R_camera_object, R_true)))
+    assert np.median(errors) < 25
+
+
 def test_each_side_has_a_size_and_a_centre_of_its_own(estimator, registered, frames):
     keyframes = registered.keyframes
     for index, name in enumerate(keyframes.names):
