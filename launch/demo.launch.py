@@ -68,7 +68,7 @@ def processes(context: LaunchContext) -> list[LaunchDescriptionEntity]:
             **{name: LaunchConfiguration(name) for name in ("weights", "device", "rviz")},
         }.items(),
     )
-    # The module, as a workspace that is only sourced has no `nope-ros` on its path. -P: not that of a checkout one is in.
+    # The module: a workspace that is only sourced has no `nope-ros` on its path. -P: not that of a checkout one is in.
     words = [sys.executable, "-P", "-m", "nope_ros.cli", "play", given["data"], "--rate", given["rate"]]
     words += ["--register", "object"]
     words += ["--loop"] if given["loop"].lower() == "true" else []
