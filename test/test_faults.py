@@ -17,7 +17,7 @@ import shutil
 import signal
 import time
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -617,14 +617,25 @@ def test_policy_is_what_the_node_does(node: NodeProcess, robot: Robot) -> None:
 
     image, mask = scene()
     assert robot.register("mug", image, mask).success
-    graph, name = robot.node, ("nope", "/")
-    published = {topic for topic, _ in graph.get_publisher_names_and_types_by_node(*name)}
-    subscribed = {topic for topic, _ in graph.get_subscriber_names_and_types_by_node(*name)}
-    served = {service for service, _ in graph.get_service_names_and_types_by_node(*name)}
-    assert {topic.replace("/mug/", "/*/") for topic in published} == allowed("topics", "publish")
-    assert served == allowed("services", "reply")
+    graph = robot.node
+
+    def on_the_graph(ask: Callable[[str, str], Any], expected: set[str], more: Set[str] = frozenset()) -> set[str]:
+        """What the node has, once all that is expected is discovered or ten seconds have gone."""
+        deadline = time.monotonic() + 10
+        while True:
+            found = {str(name).replace("/mug/", "/*/") for name, _ in ask("nope", "/")} | more
+            if found == expected or time.monotonic() > deadline:
+                return found
+            time.sleep(0.1)
+
+    expected = allowed("topics", "publish")
+    assert on_the_graph(graph.get_publisher_names_and_types_by_node, expected) == expected
+    expected = allowed("services", "reply")
+    assert on_the_graph(graph.get_service_names_and_types_by_node, expected) == expected
     only_with_a_parameter = {"/image/compressed", "/imu", "/tf", "/tf_static", "/clock"}
-    assert subscribed | only_with_a_parameter == allowed("topics", "subscribe")
+    expected = allowed("topics", "subscribe")
+    found = on_the_graph(graph.get_subscriber_names_and_types_by_node, expected, only_with_a_parameter)
+    assert found == expected
     ours = {endpoint.name for endpoint in topics.ENDPOINTS if "<" not in endpoint.name}
     named = {str(entry.text) for entry in root.iter() if entry.tag in ("topic", "service")}
     assert ours <= named
