@@ -20,6 +20,8 @@ from scipy.spatial.transform import Rotation, Slerp
 from sensor_msgs.msg import Image
 from tf2_msgs.msg import TFMessage
 
+from nope_ros.node.pairing import JUMP_BACK
+
 Array = NDArray[np.float64]
 
 try:
@@ -136,8 +138,6 @@ class Transforms(Protocol):
 HISTORY = 10_000_000_000
 """Nanoseconds of transforms kept, as tf2 does; a node keeps as much longer as images may wait for their masks."""
 
-# Transforms of one sender come in order up to jitter; what is older than this comes from a clock that was set back.
-_JUMP_BACK = 500_000_000
 _InParent = tuple[Array, Array]  # quaternion and origin
 
 
@@ -184,7 +184,7 @@ class TransformTree:
             else:
                 history = self._moving[child]
                 kept = self.history
-                if kept is not None and history and stamp < history[-1][0] - _JUMP_BACK:
+                if kept is not None and history and stamp < history[-1][0] - JUMP_BACK:
                     history.clear()
                 if not history or stamp > history[-1][0]:
                     history.append((stamp, (xyzw / length, translation)))

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from nope_ros.frame import InputError
 from nope_ros.node.distro import HISTORY, TransformError, Transforms
+from nope_ros.node.pairing import JUMP_BACK
 
 Array = NDArray[np.float64]
 
@@ -22,8 +23,6 @@ _TOLERANCE = 2.0
 # Seconds of samples that are averaged, and how old the newest may be.
 _WINDOW = 0.5
 _OLDEST = 1.0
-# Samples come in order up to jitter; what is older than this comes from a clock that was set back.
-_JUMP_BACK = 500_000_000
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class ImuGravity:
     def add(self, sample: ImuSample) -> None:
         """Take in a sample."""
         with self._lock:
-            if self._samples and sample.stamp < self._samples[-1].stamp - _JUMP_BACK:
+            if self._samples and sample.stamp < self._samples[-1].stamp - JUMP_BACK:
                 self._samples.clear()
             if not self._samples or sample.stamp >= self._samples[-1].stamp:
                 self._samples.append(sample)

@@ -17,9 +17,10 @@ Kind = Literal["image", "mask", "camera_info", "depth"]
 
 NANOSECONDS = 1_000_000_000
 
-# Images of one camera arrive in order up to jitter. One that is older than the newest by more than this comes from a
-# clock that was set back, as when a bag is played in a loop.
-_JUMP_BACK = NANOSECONDS // 2
+JUMP_BACK = NANOSECONDS // 2
+"""What one sender sends arrives in order up to jitter. What is older than its newest by more than this comes from a
+clock that was set back, as when a bag is played in a loop."""
+
 # A frame waits this long for the depth image of a depth camera that is running.
 _DEPTH_PATIENCE = NANOSECONDS // 5
 _LATE: tuple[Kind, ...] = ("mask", "depth")
@@ -173,7 +174,7 @@ class Pairing:
             self._last = None
 
     def _begin_image(self, stamp: int) -> None:
-        if self._newest_image is not None and stamp < self._newest_image - _JUMP_BACK:
+        if self._newest_image is not None and stamp < self._newest_image - JUMP_BACK:
             calibrations = list(self._calibrations)[-1:]
             self._let_go(lambda _: True)
             self._forget()
