@@ -34,6 +34,7 @@ class Crop:
         R_virtual_camera: (3, 3), real camera axes to virtual camera axes.
         K_virtual: (3, 3) intrinsics of the virtual camera, pixels.
         angular_radius: tangent of half the angle under which the mask's enclosing circle is seen.
+        pixel_radius: that circle's radius in pixels of the camera's image: how finely the outline was seen.
         roll_known: whether roll was removed by gravity.
     """
 
@@ -42,6 +43,7 @@ class Crop:
     R_virtual_camera: Array
     K_virtual: Array
     angular_radius: float
+    pixel_radius: float
     roll_known: bool
 
 
@@ -171,5 +173,6 @@ def virtual_crop(frame: Frame, size: int, gravity_camera: Array | None = None) -
         R_virtual_camera=camera.R_virtual_camera,
         K_virtual=camera.K_virtual,
         angular_radius=camera.angular_radius,
+        pixel_radius=camera.angular_radius * float(frame.camera.K[0, 0]),
         roll_known=roll is not None,
     )

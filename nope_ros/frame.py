@@ -129,12 +129,15 @@ class Frame:
         mask: (H, W) bool, true on the object.
         camera: calibration without distortion.
         depth: (H, W) float32 metres along z, NaN where unknown; or None.
+        cut_by_sensor: whether the mask reached the edge of the image that the lens gave. Undistorted, that edge may
+            lie anywhere.
     """
 
     image: NDArray[np.uint8]
     mask: NDArray[np.bool_]
     camera: Camera
     depth: NDArray[np.float32] | None = None
+    cut_by_sensor: bool = False
     bbox_xyxy: tuple[int, int, int, int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -212,14 +215,16 @@ class Frame:
             depth = np.where(np.isfinite(depth) & (depth > 0), depth, np.nan).astype(np.float32)
             # Nearest: interpolated depth at an edge is a point in the air.
             depth = camera.undistort(depth, cv2.INTER_NEAREST)
+        cut = bool(mask[0].any() or mask[-1].any() or mask[:, 0].any() or mask[:, -1].any())
         mask = camera.undistort(mask.astype(np.uint8), cv2.INTER_NEAREST).astype(bool)
-        return cls(camera.undistort(image), mask, camera.without_distortion(), depth)
+        return cls(camera.undistort(image), mask, camera.without_distortion(), depth, cut)
 
     @property
     def touches_border(self) -> bool:
-        """Whether the mask reaches the image's edge, so that the object is probably cut off."""
+        """Whether the mask reaches the edge of the sensor or of the image, so that the object is probably cut off."""
         x0, y0, x1, y1 = self.bbox_xyxy
-        return x0 == 0 or y0 == 0 or x1 == self.camera.width or y1 == self.camera.height
+        width, height = self.camera.width, self.camera.height
+        return self.cut_by_sensor or x0 == 0 or y0 == 0 or x1 == width or y1 == height
 
 
 def _size(array: NDArray[Any]) -> str:

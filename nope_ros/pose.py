@@ -254,8 +254,9 @@ def _misled(turned: float) -> float:
 
 
 def _blur(crop: Crop) -> float:
-    # What the outline's own error is of the circle's radius.
-    return _OUTLINE_SIGMA / max(crop.angular_radius * crop.K_virtual[0, 0], 1.0)
+    # What the outline's own error is of the circle's radius: by the pixels of the image or of the crop, whichever are
+    # coarser. A mask's errors are a network's, and do not shrink as images grow.
+    return _OUTLINE_SIGMA / max(min(crop.pixel_radius, crop.angular_radius * crop.K_virtual[0, 0]), 1.0)
 
 
 def pose_estimate(

@@ -139,16 +139,12 @@ def constrained(R: Array, prior: Prior, gravity_reference: Array | None, gravity
     down = R @ gravity_reference
     if prior == "standing" and gravity_query is not None:
         wanted = gravity_query
-    else:  # upright: level, whatever the elevation
-        flat = np.hypot(down[0], down[1])
-        if flat < 1e-6:
-            return R
-        wanted = np.array([0.0, flat, down[2]])
-    # Along the great circle from where gravity would be to where it is.
+    else:  # upright: down in the level crop, whatever the elevation
+        wanted = np.array([0.0, max(down[1], 0.0), down[2] or 1e-9])
+        wanted /= np.linalg.norm(wanted)
+    # Along the great circle from where gravity would be to where it may be.
     axis = np.cross(down, wanted)
     sine = np.linalg.norm(axis)
-    if prior == "upright":
-        return exp(np.array([0.0, 0.0, np.arctan2(down[0], down[1])])) @ R
     if sine < 1e-12:
         return R
     turned: Array = exp(axis / sine * np.arctan2(sine, down @ wanted)) @ R

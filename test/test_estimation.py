@@ -159,6 +159,17 @@ def test_distortion_is_taken_out_once(estimator: PoseEstimator, objects: list[Re
     assert result.seen[0].mask.sum() != (mask > 0).sum()
 
 
+def test_instances_cut_by_the_sensor_are_told_through_a_pincushion_lens(
+    estimator: PoseEstimator, objects: list[RegisteredObject]
+) -> None:
+    ids = np.zeros((HEIGHT, WIDTH), np.uint16)
+    ids[80:150, :60], ids[80:150, 150:210] = 1, 2
+    frame = match(scene()[0], ids, encoding="16UC1", d=[0.3, 0.0, 0.0, 0.0, 0.0])
+    result, said = run(estimator, objects, frame)
+    assert {one.instance: one.estimate.truncated for one in result.seen} == {1: True, 2: False}
+    assert len(said) == 1 and "instance 1 reaches the image's border" in said[0]
+
+
 @given(
     fx=st.floats(10, 3e5) | st.floats(1e-6, 1e9),
     fy=st.none() | st.floats(1e-6, 1e9),

@@ -83,7 +83,7 @@ def _crops(count: int, size: int = 32) -> list[Crop]:
     for _ in range(count):
         mask = (rng.random((size, size)) > 0.4).astype(np.uint8) * 255
         image = rng.integers(0, 256, (size, size, 3), dtype=np.uint8) * (mask[..., None] > 0)
-        crops.append(Crop(image.astype(np.uint8), mask, np.eye(3), np.eye(3), 0.2, False))
+        crops.append(Crop(image.astype(np.uint8), mask, np.eye(3), np.eye(3), 0.2, 50.0, False))
     return crops
 
 

@@ -170,11 +170,12 @@ def read(match: Match, settings: Settings, complain: Complain) -> Scene:
         return Scene(image, camera.without_distortion(), {})
     # The whole mask as one object: checks and undistorts the image once for all instances.
     whole = Frame.from_arrays(image, ids, camera, depth_of(match, image.shape[:2], complain))
+    cut = np.unique(np.concatenate([ids[0], ids[-1], ids[:, 0], ids[:, -1]]))
     ids = camera.undistort(ids, cv2.INTER_NEAREST).astype(np.uint16)
     instances: dict[int, Frame] = {}
     for instance in messages.instances(ids, settings.max_instances):
         try:
-            frame = Frame(whole.image, ids == instance, whole.camera, whole.depth)
+            frame = Frame(whole.image, ids == instance, whole.camera, whole.depth, bool(instance in cut))
         except InputError as error:
             complain(f"{error} (instance {instance})")
             continue

@@ -231,7 +231,7 @@ def _look(
             rng=rng,
         )
         image = np.ascontiguousarray(made.crop.transpose(1, 2, 0))
-        crops.append(Crop(image[..., :3], image[..., 3], np.eye(3), np.eye(3), 0.1, level))
+        crops.append(Crop(image[..., :3], image[..., 3], np.eye(3), np.eye(3), 0.1, 50.0, level))
         rotations.append(made.R_virtual_object)
     latents = predictor.encode(crops)
     if not level and isinstance(predictor, RotatedLatentPredictor):  # the first is the reference
