@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.console import Console
 from rich.text import Text
 
-from nope_ros.frame import InputError
+from nope_ros.frame import Camera, InputError
 
 if TYPE_CHECKING:
     from rclpy.node import Node
@@ -286,6 +286,7 @@ def judge(heard: dict[str, Heard], seconds: float, now: int, *, rectified: bool 
         else:
             yield Finding("ok", f"{kind}: {one.topic} at {one.count / seconds:.1f} Hz{_size(one.messages[-1])}")
     image, mask, info = heard["image"], heard["mask"], heard["camera_info"]
+    read: dict[str, Any] = {}  # of each kind the newest message, where it can be read
     for kind, one, convert in (
         ("image", image, messages.image_array),
         ("mask", mask, messages.mask_array),
@@ -293,7 +294,7 @@ def judge(heard: dict[str, Heard], seconds: float, now: int, *, rectified: bool 
     ):
         if one.messages:
             try:
-                convert(one.messages[-1])
+                read[kind] = convert(one.messages[-1])
             except InputError as error:
                 yield Finding("problem", str(error))
         if one.stamps and one.stamps[-1] == 0:
@@ -307,24 +308,18 @@ def judge(heard: dict[str, Heard], seconds: float, now: int, *, rectified: bool 
             )
     if image.messages and not image.messages[-1].header.frame_id:
         yield Finding("problem", "image: header.frame_id is empty: no TF can come out", "set it in the camera driver")
-    yield from _fit(image, mask, info, rectified)
+    yield from _fit(image, mask, read.get("camera_info"))
 
 
-def _fit(image: Heard, mask: Heard, info: Heard, rectified: bool) -> Iterator[Finding]:
-    from nope_ros.node import messages
-
+def _fit(image: Heard, mask: Heard, camera: Camera | None) -> Iterator[Finding]:
     size = {name: _dimensions(one.messages[-1]) for name, one in (("image", image), ("mask", mask)) if one.messages}
-    if info.messages and size.get("image"):
-        try:  # region of interest and binning applied
-            camera = messages.camera(info.messages[-1], rectified=rectified)
-        except InputError:
-            camera = None  # told already
-        if camera is not None and (camera.width, camera.height) != size["image"]:
-            yield Finding(
-                "problem",
-                f"camera_info is for {camera.width}x{camera.height}, the image is {_by(size['image'])}",
-                "publish the camera_info of this image; mind binning, ROI and resizing nodes",
-            )
+    # The camera's region of interest and binning are applied.
+    if camera is not None and size.get("image") and (camera.width, camera.height) != size["image"]:
+        yield Finding(
+            "problem",
+            f"camera_info is for {camera.width}x{camera.height}, the image is {_by(size['image'])}",
+            "publish the camera_info of this image; mind binning, ROI and resizing nodes",
+        )
     if size.get("mask") and size.get("image") and size["mask"] != size["image"]:
         yield Finding(
             "problem",
@@ -377,13 +372,17 @@ def listen(given: argparse.Namespace) -> Iterator[Finding]:
     node = rclpy.create_node("nope_doctor")
     try:
         _spin(node, 1.5)  # until the others are known
-        yield from _node(node, given.node)
+        try:
+            yield from _node(node, given.node)
+            rectified = _rectified(node, given.node)
+        except TimeoutError:
+            yield Finding("problem", f"the node {given.node} does not answer", "look at its log; restart it")
+            rectified = False
         names = _inputs(node, given)
         if isinstance(names, str):
             yield Finding("warning", names, "name them with --image-topic, --camera-info-topic and --mask-topic")
             return
         heard = _hear(node, names, given.seconds)
-        rectified = _rectified(node, given.node)
         yield from judge(heard, given.seconds, node.get_clock().now().nanoseconds, rectified=rectified)
     finally:
         node.destroy_node()
@@ -399,36 +398,28 @@ def _spin(node: Node, seconds: float) -> None:
 
 
 def _node(node: Node, name: str) -> Iterator[Finding]:
-    import rclpy
     from lifecycle_msgs.srv import GetState
 
     from nope_ros.srv import ListObjects
 
-    client = node.create_client(GetState, f"{name}/get_state")
-    if not client.wait_for_service(2.0):
+    found = _ask(node, GetState, f"{name}/get_state", GetState.Request())
+    if found is None:
         yield Finding(
             "problem",
             f"no node {name} is running",
             "ros2 launch nope_ros nope.launch.py ...; in a namespace: --node /arm/nope",
         )
         return
-    future = client.call_async(GetState.Request())
-    rclpy.spin_until_future_complete(node, future, timeout_sec=5)
-    if future.result() is None:
-        yield Finding("problem", f"the node {name} does not answer", "look at its log; restart it")
-        return
-    state = future.result().current_state.label
+    state = found.current_state.label
     if state == "active":
         yield Finding("ok", f"the node {name} is active")
     else:
         yield Finding(
             "problem", f"the node {name} is {state}", f"ros2 lifecycle set {name} activate; its log says why it is not"
         )
-    objects = node.create_client(ListObjects, f"{name}/list_objects")
-    if objects.wait_for_service(2.0):
-        future = objects.call_async(ListObjects.Request())
-        rclpy.spin_until_future_complete(node, future, timeout_sec=5)
-        names = ", ".join(future.result().object_ids) if future.result() is not None else ""
+    objects = _ask(node, ListObjects, f"{name}/list_objects", ListObjects.Request())
+    if objects is not None:
+        names = ", ".join(objects.object_ids)
         if names:
             yield Finding("ok", f"registered objects: {names}")
         elif state == "active":
@@ -436,17 +427,29 @@ def _node(node: Node, name: str) -> Iterator[Finding]:
 
 
 def _rectified(node: Node, name: str) -> bool:
-    """The node's parameter of that name; False where it does not answer."""
-    import rclpy
+    """The node's parameter of that name; False where there is no node."""
     from rcl_interfaces.srv import GetParameters
 
-    client = node.create_client(GetParameters, f"{name}/get_parameters")
-    if not client.wait_for_service(1.0):
-        return False
-    future = client.call_async(GetParameters.Request(names=["rectified"]))
+    found = _ask(node, GetParameters, f"{name}/get_parameters", GetParameters.Request(names=["rectified"]))
+    return found is not None and any(value.bool_value for value in found.values)
+
+
+def _ask(node: Node, kind: Any, name: str, request: Any) -> Any:
+    """A service's answer, or None where there is no such service.
+
+    Raises:
+        TimeoutError: if it does not answer.
+    """
+    import rclpy
+
+    client = node.create_client(kind, name)
+    if not client.wait_for_service(2.0):
+        return None
+    future = client.call_async(request)
     rclpy.spin_until_future_complete(node, future, timeout_sec=5)
-    answer = future.result()
-    return answer is not None and any(value.bool_value for value in answer.values)
+    if future.result() is None:
+        raise TimeoutError(name)
+    return future.result()
 
 
 def _inputs(node: Node, given: argparse.Namespace) -> dict[str, tuple[str, str]] | str:

@@ -31,6 +31,7 @@ from nope_ros.evaluation.baselines import (
     SiftEssential,
 )
 from nope_ros.evaluation.bop import bop_set
+from nope_ros.evaluation.identity import IdentityReport
 from nope_ros.evaluation.meshes import mesh_set, procedural_set, random_camera
 from nope_ros.evaluation.metrics import Calibration, PairScore, Scores, calibration, reliability
 from nope_ros.evaluation.photos import photo_set
@@ -774,6 +775,41 @@ def test_the_command(tmp_path, photos, predictor, capsys):
     assert {path.name for path in (tmp_path / "pictures").glob("c*.png")} == {"confidence_photos.png"}
     assert evaluate.main(parser.parse_args([*words, "--pairs", "0"])) == 2
     assert "--pairs: 0 is not positive" in capsys.readouterr().err
+
+
+# --- Telling objects apart ------------------------------------------------------------------------------------------
+
+
+def test_objects_are_told_apart_as_often_as_in_draws():
+    """The closed form against drawing which objects are registered."""
+    rng = np.random.default_rng(0)
+    own = rng.integers(0, 12, 40)
+    similarity = rng.normal(size=(40, 12)) + 1.5 * (own[:, None] == np.arange(12))
+    report = IdentityReport("", "", "", tuple("abcdefghijkl"), similarity, own, rng.uniform(0, 180, 40))
+    right = []
+    for _ in range(400):
+        for row, mine in zip(similarity, own, strict=True):
+            others = rng.choice(np.delete(np.arange(12), mine), 4, replace=False)
+            right.append(row[mine] > row[others].max())
+    assert report.told_apart(5) == pytest.approx(100 * np.mean(right), abs=1.5)
+    near = report.direction_deg < 90
+    assert report.told_apart(12, "within_90") == pytest.approx(100 * np.mean(similarity[near].argmax(1) == own[near]))
+    is_own = own[:, None] == np.arange(12)
+    assert report.taken(0.4) == pytest.approx(
+        (100 * (similarity[is_own] >= 0.4).mean(), 100 * (similarity[~is_own] >= 0.4).mean())
+    )
+
+
+def test_identity_is_of_the_whole_set(photos, tmp_path, predictor, capsys):
+    predictor.save_pretrained(tmp_path / "weights")
+    asked = ["--queries", "3", "--predictor", str(tmp_path / "weights"), "--json", str(tmp_path / "out.json")]
+    assert evaluate._command(["identity", str(photos), *asked]) == 0
+    values = json.loads((tmp_path / "out.json").read_text())
+    assert values["objects"] == ["other", "tripod"] and values["all"]["queries"] == 6
+    assert set(values["all"]["told_apart"]) == {"2"}, "two are registered"
+    assert "own the most similar" in capsys.readouterr().out
+    assert evaluate._command(["identity", str(photos), "--objects", "tripod", *asked]) == 2
+    assert "two are needed" in capsys.readouterr().err
 
 
 # --- Calibration ----------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Runs methods over test sets and reports: ``nope-ros evaluate photos|meshes|procedural|bop|video|align``."""
+"""Runs methods over test sets and reports: ``nope-ros evaluate photos|meshes|procedural|bop|video|align|identity``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from nope_ros.estimator import PoseEstimator
-from nope_ros.evaluation import alignment
+from nope_ros.evaluation import alignment, identity
+from nope_ros.evaluation.alignment import AlignmentReport
 from nope_ros.evaluation.baselines import (
     OURS,
     PAPER_FORM,
@@ -36,6 +37,7 @@ from nope_ros.evaluation.baselines import (
     SiftEssential,
     TemplatesAlone,
 )
+from nope_ros.evaluation.identity import IdentityReport
 from nope_ros.evaluation.metrics import PairScore, Scores, calibration
 from nope_ros.evaluation.protocol import (
     REFERENCES,
@@ -522,7 +524,9 @@ def _evaluated(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``nope-ros evaluate``."""
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="photos|meshes|procedural|bop|video|align")
+    kinds = parser.add_subparsers(
+        dest="kind", required=True, metavar="photos|meshes|procedural|bop|video|align|identity"
+    )
     photos = kinds.add_parser("photos", help="photographs with true poses: DIR/<object>/poses.json")
     photos.add_argument("dir", type=Path, metavar="DIR", help="folder that holds the objects' folders")
     meshes = kinds.add_parser("meshes", help="renders of the meshes in a folder")
@@ -538,6 +542,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     align = kinds.add_parser("align", help="objects of one kind laid over each other, on meshes sorted by name")
     align.add_argument("dir", type=Path, metavar="DIR", help="folder of meshes, <source>/<object>.glb")
     alignment.add_arguments(align)
+    told_apart = kinds.add_parser(
+        "identity", help="whether registered objects are told apart, on photographs or meshes"
+    )
+    told_apart.add_argument("dir", type=Path, metavar="DIR", help="as of photos, or of meshes")
+    identity.add_arguments(told_apart)
     for kind in (photos, meshes, procedural, bop):
         kind.add_argument(
             "--protocol",
@@ -702,7 +711,9 @@ def main(args: argparse.Namespace) -> int:
         if args.kind == "video":
             return _main_walks(args, console)
         if args.kind == "align":
-            return _main_alignment(args, console)
+            return _main_tables(alignment.run(args, _progress()), args.json, console)
+        if args.kind == "identity":
+            return _main_tables(identity.run(args, _progress()), args.json, console)
         report, evaluation_set = run(args)
     except InputError as error:
         print(f"nope-ros evaluate: {error}", file=sys.stderr)
@@ -742,15 +753,14 @@ def _main_walks(args: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def _main_alignment(args: argparse.Namespace, console: Console) -> int:
-    report = alignment.run(args, _progress())
+def _main_tables(report: AlignmentReport | IdentityReport, out: Path | None, console: Console) -> int:
     for table in report.tables():
         console.print(table)
     for line in report.skipped:
         console.print(f"not used: {line}", style="yellow", highlight=False)
-    if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(report.to_json() + "\n", encoding="utf-8")
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(report.to_json() + "\n", encoding="utf-8")
     return 0
 
 

@@ -532,10 +532,14 @@ class NopeNode(LifecycleNode):
                 raise InputError("no walk has been started; call with START, go round the object, then STOP")
             elif request.command == request.STOP:
                 use_threads(self._settings.threads)
-                registered = stream.register(session.estimator, partial(self._tell, stream))
+                try:
+                    registered = stream.register(session.estimator, partial(self._tell, stream))
+                    note = self._keep(registered, session, stream.overwrite)
+                except Exception:
+                    stream.go_on()  # minutes of walking are not thrown away
+                    raise
                 keyframes = registered.keyframes
                 assert keyframes is not None
-                note = self._keep(registered, session, stream.overwrite)
                 self._stream = None
                 response.keyframes = len(keyframes.names)
                 told = summary(keyframes)[len(keyframes.refused) :]
@@ -553,7 +557,6 @@ class NopeNode(LifecycleNode):
             self._complain(f"register_from_stream: {error}")
             response.message = str(error)
             if stream is not None and stream is self._stream and request.command == request.STOP:
-                stream.go_on()  # minutes of walking are not thrown away
                 response.message += "; the walk goes on: STOP again, or CANCEL"
                 self._tell(stream, "failed")
         else:

@@ -17,8 +17,9 @@ from __future__ import annotations
 import argparse
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -133,13 +134,19 @@ def fit_support(pairs: Sequence[Pair]) -> tuple[float, float]:
     if not decided:
         return 0.0, 0.0
 
+    def padded(values: Iterable[NDArray[Any]], empty: float) -> NDArray[np.float64]:
+        return np.array(list(zip_longest(*values, fillvalue=empty)), dtype=np.float64)  # (modes, pairs)
+
+    log_mass = padded((one.log_mass for one in decided), -np.inf)
+    support = padded((one.support for one in decided), 0.0)
+    nearness = padded((np.cos(one.turned) for one in decided), 0.0)
+    right = padded((one.right for one in decided), 0.0)
+
     def cost(weights: NDArray[np.float64]) -> float:
-        total = 0.0
-        for one in decided:
-            score = one.log_mass + weights[0] * one.support - weights[1] * np.cos(one.turned)
-            total += float(logsumexp(score) - logsumexp(score[one.right]))
+        score = log_mass + weights[0] * support - weights[1] * nearness
+        loss = logsumexp(score, axis=0) - logsumexp(score, axis=0, b=right)
         # Of a mesh every mode looks from near a render: what makes next to no difference is left at next to nothing.
-        return total / len(decided) + _RIDGE * float(weights @ weights)
+        return float(loss.mean()) + _RIDGE * float(weights @ weights)
 
     found = minimize(cost, np.array([0.5, 0.0]), bounds=((0.0, 2.0), (0.0, 4.0)))
     return round(float(found.x[0]), 2), round(float(found.x[1]), 2)
