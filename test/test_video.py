@@ -298,14 +298,18 @@ def test_a_walk_survives_a_restart(tmp_path, estimator, registered, frames):
         np.testing.assert_allclose(one.distribution.probabilities, other.distribution.probabilities, atol=1e-6)
 
 
-def test_evaluation_keeps_keyframes_and_queries_apart(estimator):
+def test_evaluation_keeps_keyframes_and_queries_apart(estimator, tmp_path):
     def view(index, direction):
         R, t = camera(direction)
         return View(str(index), R, t + R @ CENTRE, None, lambda: photograph((R, t)))
 
     views = tuple(view(index, direction) for index, direction in enumerate(ROUND))
     found = EvaluationSet("photos", "here", 1, lambda: iter([EvaluationObject("one", views, (), ("free",))]))
-    report = evaluate_walks(found, estimator, ("free",), keyframes=5)
+    report = evaluate_walks(found, estimator, ("free",), keyframes=5, pictures=tmp_path / "pictures")
+    drawn = cv2.imread(str(tmp_path / "pictures" / "walk_one_free.png"))
+    assert drawn.shape == (480, 1080, 3), "photographs, and two answers"
+    assert drawn[:240, :240].std() > 20 and (drawn[:240, :240] != drawn[240:, :240]).mean() > 0.1
+    assert (drawn[60:260, 240:660] != drawn[60:260, 660:]).mean() > 0.02
     values = json.loads(report.to_json())
     assert values["single"]["pairs"] == values["video"]["pairs"] == 5
     assert {score.query for score in report.scores}.isdisjoint({score.reference for score in report.scores})

@@ -608,6 +608,7 @@ def add_walk_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     parser.add_argument("--per-object", action="store_true", help="a row for each object")
+    parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="draw one view's and the walk's answers there")
     parser.add_argument("--cache", type=Path, help="file of known symmetries of meshes; by default the user's")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures to this file")
 
@@ -643,6 +644,7 @@ def run_walks(args: argparse.Namespace, progress: bool = True) -> WalkReport:
         poses=args.poses,
         pose_noise_deg=args.pose_noise,
         ordered=args.ordered,
+        pictures=args.pictures,
         progress=_progress() if progress else None,
     )
 

@@ -12,14 +12,18 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
+import cv2
 import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 from rich.progress import Progress
 from rich.table import Table
 
+from nope_ros.draw import Globe, draw_distribution, zoomed
+from nope_ros.draw import View as MarkedView
 from nope_ros.estimator import PoseEstimator, RegisteredObject
 from nope_ros.evaluation.metrics import PairScore, Scores, calibration
 from nope_ros.evaluation.protocol import EvaluationObject, EvaluationSet, View, generator
@@ -168,6 +172,7 @@ def evaluate_walks(
     poses: PoseSource = "given",
     pose_noise_deg: float = 0.0,
     ordered: bool = False,
+    pictures: Path | None = None,
     progress: Progress | None = None,
 ) -> WalkReport:
     """Register every object of a set from one view and from many, and ask both about the rest of its views.
@@ -182,8 +187,12 @@ def evaluate_walks(
         poses: whether registration is given the cameras' poses.
         pose_noise_deg: every camera is turned by this angle about an axis of its own before registration.
         ordered: whether views come as they were taken, by little steps, which registration is then told.
+        pictures: folder for ``walk_<object>_<protocol>.png``: what one view and what all make of the query that looks
+            from farthest from its single reference.
         progress: shows how far it is.
     """
+    if pictures is not None:
+        pictures.mkdir(parents=True, exist_ok=True)
     scores: list[PairScore] = []
     seconds: list[float] = []
     skipped: list[str] = []
@@ -198,7 +207,7 @@ def evaluate_walks(
                     rng = generator(seed, evaluated.name, "walk")
                     try:
                         one = _Walked.of(evaluated, estimator, level, rng, keyframes, poses, pose_noise_deg, ordered)
-                        scores += one.ask(part, queries)
+                        scores += one.ask(part, queries, pictures)
                         seconds.append(one.seconds)
                         skipped += one.skipped
                     except InputError as error:
@@ -291,13 +300,14 @@ class _Walked:
             evaluated, estimator, level, rng, tuple(chosen), singles, together, R_truth_object, origin, seconds, refused
         )
 
-    def ask(self, protocols: Sequence[Prior], queries: int | None) -> list[PairScore]:
+    def ask(self, protocols: Sequence[Prior], queries: int | None, pictures: Path | None = None) -> list[PairScore]:
         """Scores of both methods on the views that are no keyframes."""
         views = self.evaluated.views
         rest = [index for index in range(len(views)) if index not in self.chosen]
         if queries is not None and queries < len(rest):
             rest = [rest[index] for index in np.sort(self.rng.choice(len(rest), queries, replace=False))]
         scores = []
+        farthest_apart: dict[Prior, tuple[float, View, View, PoseEstimate, PoseEstimate]] = {}
         for query in rest:
             reference = self.chosen[int(self.rng.integers(len(self.chosen)))]
             view = views[query]
@@ -311,7 +321,44 @@ class _Walked:
                 known, origin = np.zeros(3), self.origin
                 scores.append(self._score(single, np.eye(3), known, views[reference], view, SINGLE, prior))
                 scores.append(self._score(video, self.R_truth_object, origin, None, view, VIDEO, prior))
+                apart = scores[-2].direction_deg
+                if prior not in farthest_apart or apart > farthest_apart[prior][0]:
+                    farthest_apart[prior] = (apart, views[reference], view, single, video)
+        if pictures is not None:
+            for prior, (_, first, view, single, video) in farthest_apart.items():
+                path = pictures / f"walk_{Path(self.evaluated.name).name}_{prior}.png"
+                cv2.imwrite(str(path), self._picture(first, view, single, video)[..., ::-1])
         return scores
+
+    def _picture(self, reference: View, query: View, single: PoseEstimate, video: PoseEstimate) -> NDArray[np.uint8]:
+        """The two photographs, and over all viewpoints what one view and what the walk make of the second."""
+        frames = [view.read() for view in (reference, query)]
+        seen = [zoomed(frame.image, frame.mask, frame.camera.K, 240, 240, fill=0.75)[0] for frame in frames]
+        ray, down = query.t_camera_object, query.gravity_camera
+        up = np.array([0.0, 0.0, 1.0]) if down is None else -query.R_camera_object.T @ down
+        globe = Globe.around(reference.direction, up)
+        panels = [np.concatenate(seen)]
+        for title, estimate, R_truth_object in (
+            ("one reference view", single, np.eye(3)),
+            (f"{len(self.chosen)} views of a walk", video, self.R_truth_object),
+        ):
+            R = estimate.R_camera_object @ R_truth_object.T
+            error = np.degrees(geodesic_distance(R, query.R_camera_object))
+            panels.append(
+                draw_distribution(
+                    estimate.orientations @ R_truth_object.T,
+                    estimate.distribution.probabilities,
+                    ray,
+                    globe,
+                    [
+                        MarkedView.of("truth", query.R_camera_object, ray, globe),
+                        MarkedView.of("estimate", R, ray, globe),
+                    ],
+                    title=title,
+                    note=f"error {error:.0f}°, confidence {100 * estimate.confidence:.0f} %",
+                )
+            )
+        return np.concatenate(panels, axis=1)
 
     def _score(
         self,
