@@ -12,6 +12,7 @@ from nope_ros.training.mesh import load_mesh, make_mesh
 from nope_ros.training.pairs import DataConfig, RenderCache
 from nope_ros.training.procedural import procedural_object
 from nope_ros.training.render import Lighting, ShadowMaps, all_around, render
+from nope_ros.training.round import round_object
 from nope_ros.training.variant import variant_of
 
 FLAT = Lighting.uniform()
@@ -221,6 +222,40 @@ def test_procedural_objects_are_sound_varied_and_repeatable():
     again = procedural_object(3)
     np.testing.assert_array_equal(again.vertices, meshes[3].vertices)
     np.testing.assert_array_equal(again.colours, meshes[3].colours)
+
+
+def test_round_objects_look_nearly_the_same_all_round_and_are_repeatable():
+    """Procedural ones do not: the outline changes by more as the camera goes round, and so do the colours."""
+
+    def change(mesh):
+        mesh = mesh.normalised()[0]
+        views = []
+        for azimuth in (0.3, 1.9, 3.5):
+            eye = 5 * np.array([np.cos(azimuth) * 0.9, np.sin(azimuth) * 0.9, 0.43])
+            R = render_cache.look_at(eye, np.zeros(3))
+            views.append(render(mesh, R, -R @ eye, K, 128, 128, lighting=FLAT))
+        both = [(a, b) for a, b in zip(views, views[1:] + views[:1], strict=True)]
+        outline = np.mean([(a.mask ^ b.mask).sum() / (a.mask | b.mask).sum() for a, b in both])
+        colour = np.mean(
+            [np.abs(a.rgb[a.mask & b.mask].astype(float) - b.rgb[a.mask & b.mask]).mean() for a, b in both]
+        )
+        return outline, colour
+
+    meshes = [round_object(seed) for seed in range(30)]
+    for mesh in meshes:
+        assert np.isfinite(mesh.vertices).all() and np.isfinite(mesh.normals).all()
+        assert 1000 < len(mesh.faces) <= 20_000
+    ours = np.median([change(mesh) for mesh in meshes], axis=0)
+    others = np.median([change(procedural_object(seed)) for seed in range(30)], axis=0)
+    assert (ours < 0.5 * others).all(), (ours, others)
+    again = round_object(3)
+    np.testing.assert_array_equal(again.vertices, meshes[3].vertices)
+    np.testing.assert_array_equal(again.colours, meshes[3].colours)
+    assert len({mesh.name for mesh in meshes}) == 30
+    settings = render_cache.Settings(None, 2, 4, 4, 64, 7, round_objects=3)
+    names = [source.name for source in render_cache.find_sources(settings)]
+    assert names == ["procedural/7000000", "procedural/7000001", *(f"round/{7000000 + i}" for i in range(3))]
+    assert render_cache.find_sources(settings)[2].load().name == "round_7000000"
 
 
 def test_cache_resumes_and_its_poses_explain_its_images(tmp_path):

@@ -39,6 +39,7 @@ from scipy.spatial.transform import Rotation
 from nope_ros.training.mesh import Mesh, load_mesh
 from nope_ros.training.procedural import procedural_object
 from nope_ros.training.render import Lighting, ShadowMaps, all_around, render
+from nope_ros.training.round import round_object
 from nope_ros.training.variant import variant_of
 
 HELD_OUT = re.compile(r"ycb|hope|libero", re.IGNORECASE)
@@ -46,6 +47,9 @@ HELD_OUT = re.compile(r"ycb|hope|libero", re.IGNORECASE)
 
 VARIANT_MARK = "#"
 """Between the name of a mesh and the number of a variant of it."""
+
+ROUND = "round/"
+"""What names of round objects begin with."""
 
 Pose = tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]
 """R_camera_object (3, 3), t_camera_object (3,), K (3, 3)."""
@@ -83,11 +87,13 @@ class Settings:
     """Share of objects whose parts hide lights and surroundings from each other."""
     mesh_variants: int = 0
     """Other objects made from each mesh (`nope_ros.training.variant`), with as many views as a procedural one."""
+    round_objects: int = 0
+    """Things that look nearly the same all round (`nope_ros.training.round`), with as many views again."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """One object: a file, a variant of one, or the seed of a procedural object."""
+    """One object: a file, a variant of one, or the seed of a procedural or of a round object."""
 
     name: str
     path: str | None
@@ -100,7 +106,10 @@ class Source:
 
     def load(self) -> Mesh:
         """The object, z up, normalised."""
-        mesh = procedural_object(self.seed) if self.path is None else _mesh_of(self.path)
+        if self.path is not None:
+            mesh = _mesh_of(self.path)
+        else:
+            mesh = (round_object if self.name.startswith(ROUND) else procedural_object)(self.seed)
         if self.variant:
             mesh = variant_of(mesh, np.random.default_rng([self.seed, zlib.crc32(self.name.encode()), 2]))
         return mesh.normalised()[0]
@@ -112,7 +121,7 @@ def _mesh_of(path: str) -> Mesh:
 
 
 def find_sources(settings: Settings) -> list[Source]:
-    """All objects in order: meshes by path, procedural ones by seed, then the variants of each mesh."""
+    """All objects in order: meshes by path, procedural and round ones by seed, then the variants of each mesh."""
     sources: list[Source] = []
     first = 0
     if settings.meshes is not None:
@@ -128,10 +137,11 @@ def find_sources(settings: Settings) -> list[Source]:
             asymmetry = float(known.get(name, {}).get("asymmetry", np.nan))
             sources.append(Source(name, str(path), 0, first, settings.mesh_views, asymmetry))
             first += settings.mesh_views
-    for i in range(settings.procedural):
-        seed = settings.seed * 1_000_000 + i
-        sources.append(Source(f"procedural/{seed}", None, seed, first, settings.views, float("nan")))
-        first += settings.views
+    for kind, count in (("procedural/", settings.procedural), (ROUND, settings.round_objects)):
+        for i in range(count):
+            seed = settings.seed * 1_000_000 + i
+            sources.append(Source(f"{kind}{seed}", None, seed, first, settings.views, float("nan")))
+            first += settings.views
     for mesh in [source for source in sources if source.path is not None]:
         for i in range(1, settings.mesh_variants + 1):
             name = f"{mesh.name}{VARIANT_MARK}{i}"
@@ -411,6 +421,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--meshes", help="folder of <source>/<object>.glb")
     parser.add_argument("--procedural", type=int, default=3000, help="number of procedural objects (%(default)s)")
+    parser.add_argument(
+        "--round", type=int, default=0, help="number of objects that look the same all round (%(default)s)"
+    )
     parser.add_argument("--views", type=int, default=24, help="of each procedural object (%(default)s)")
     parser.add_argument("--mesh-views", type=int, default=64, help="of each mesh (%(default)s)")
     parser.add_argument("--mesh-variants", type=int, default=0, help="other objects made from each mesh (%(default)s)")
@@ -433,6 +446,7 @@ def main(arguments: list[str] | None = None) -> None:
         depth=given.depth,
         shadows=given.shadows,
         mesh_variants=given.mesh_variants,
+        round_objects=given.round,
     )
     build_cache(given.out, settings, given.workers)
 
