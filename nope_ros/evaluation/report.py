@@ -26,6 +26,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from nope_ros.correspondence import CORRESPONDENCE_WEIGHTS
 from nope_ros.evaluation.baselines import TEMPLATES_ALONE
 from nope_ros.evaluation.benchmark import BUSY
 from nope_ros.evaluation.protocol import EvaluationSet
@@ -638,7 +639,8 @@ def run(given: argparse.Namespace) -> tuple[str, dict[str, dict[str, str]]]:
     jobs = []
     for tested in sections:
         job = partial(make, pairs=given.photo_pairs if tested.kind == "photos" else given.pairs)
-        ours = f"{identity} {_code()}"
+        refiner = "" if given.refinement in ("none", "synthesis") else _identity(CORRESPONDENCE_WEIGHTS)
+        ours = f"{identity} {refiner} {_code()}"
         jobs.append(job(tested, OURS_PART, str(weights), ours, seeds=seeds, refinement=given.refinement))
         if tested.occlusion:
             continue
