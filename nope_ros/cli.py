@@ -153,7 +153,7 @@ COMMANDS = (
     Command("bag", _bag, "the node on recorded bags, without ROS: poses written to a bag"),
     Command("doctor", _doctor, "what is installed, which device and model, whether topics arrive, and what to do"),
     Command("load", _load, "the node under load: latency, memory, CPU (needs ROS)"),
-    Command("evaluate", _evaluate, "figures on photographs, meshes, procedural objects, BOP; walks, alignments, identity"),
+    Command("evaluate", _evaluate, "figures on photographs, meshes, drawn objects, BOP; walks, alignments, identity"),
     Command("benchmark", _benchmark, "times of ours and of the paper's way, side by side"),
     Command("report", _report, "the document of all figures, docs/benchmark.md"),
     Command("render", _render, "training images of meshes and procedural objects"),
