@@ -119,6 +119,29 @@ def test_an_interrupted_training_ends_as_if_it_had_not_been(kind, cache, tmp_pat
         torch.testing.assert_close(other[key], value, rtol=1e-4, atol=1e-5, msg=key)
 
 
+def test_little_is_lost_however_seldom_a_training_is_judged(cache, tmp_path, monkeypatch):
+    """A checkpoint is written from time to time, not only where held-out objects are asked."""
+    monkeypatch.setattr(module, "_CHECKPOINT_SECONDS", 0.0)
+    batch, drawn = PairDataset.batch, 0
+
+    def four(self, rng):
+        nonlocal drawn
+        drawn += not self.validation
+        if drawn > 4:
+            raise Interrupted
+        return batch(self, rng)
+
+    monkeypatch.setattr(PairDataset, "batch", four)
+    with pytest.raises(Interrupted):
+        run("regression", cache, tmp_path, 8, validate_minutes=1000)
+    assert not (tmp_path / "log.jsonl").exists(), "nothing was judged"
+    monkeypatch.setattr(PairDataset, "batch", batch)
+    said = []
+    monkeypatch.setattr("builtins.print", lambda *words, **_: said.append(" ".join(map(str, words))))
+    run("regression", cache, tmp_path, 8, validate_minutes=1000)
+    assert any("resumed after 4 steps" in line for line in said)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_load(kind, cache, tmp_path):
     run(kind, cache, tmp_path, 2)

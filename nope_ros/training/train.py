@@ -137,6 +137,9 @@ def moving_average(decay: float) -> Callable[[_Tensors, _Tensors, Tensor | int],
 
 CHECKPOINT = "checkpoint.safetensors"
 
+_CHECKPOINT_SECONDS = 300.0
+"""What an interruption costs at most."""
+
 WEIGHTS = "weights"
 """Folder, in that of a training, of what it gives."""
 
@@ -200,6 +203,7 @@ def _run(
         return min(spent / budget if budget_steps is None else step / budget_steps, 1.0)
 
     next_validation = spent + config.validate_minutes * 60
+    next_checkpoint = spent + _CHECKPOINT_SECONDS
     running: list[float] = []
     learner.train()
     batches = iter(loader)
@@ -229,13 +233,17 @@ def _run(
             row = {"step": step, "minutes": spent / 60, "left": left, "loss": float(np.mean(running)), "rate": rate}
             _log(out, row | bare.figures())
             running.clear()
-        if accelerator.is_main_process and (share() >= 1 or spent >= next_validation):
-            next_validation = spent + config.validate_minutes * 60
+        judged = share() >= 1 or spent >= next_validation
+        if accelerator.is_main_process and (judged or spent >= next_checkpoint):
+            next_checkpoint = spent + _CHECKPOINT_SECONDS
             _save(checkpoint, learner=bare, average=average, optimizer=optimizer, step=step, spent=spent)
+            last = time.monotonic()  # neither writing nor validation is training time
+        if accelerator.is_main_process and judged:
+            next_validation = spent + config.validate_minutes * 60
             row = validate(average, validation, accelerator)
             _log(out, {"step": step, "minutes": spent / 60, **{f"val_{k}": v for k, v in row.items()}})
             plot(out, bare.curves)
-            last = time.monotonic()  # validation is not training time
+            last = time.monotonic()
     if accelerator.is_main_process:
         finished = average.module
         assert isinstance(finished, Learner)
