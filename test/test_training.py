@@ -121,7 +121,7 @@ def test_an_interrupted_training_ends_as_if_it_had_not_been(kind, cache, tmp_pat
 
 def test_little_is_lost_however_seldom_a_training_is_judged(cache, tmp_path, monkeypatch):
     """A checkpoint is written from time to time, not only where held-out objects are asked."""
-    monkeypatch.setattr(module, "_CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(module, "CHECKPOINT_SECONDS", 0.0)
     batch, drawn = PairDataset.batch, 0
 
     def four(self, rng):

@@ -53,7 +53,7 @@ from nope_ros.training.augment import AugmentationConfig, training_view
 from nope_ros.training.learners import Curves
 from nope_ros.training.muon import Muon
 from nope_ros.training.pairs import DataConfig, PairDataset
-from nope_ros.training.train import _load, _log, _save, moving_average, plot
+from nope_ros.training.train import CHECKPOINT_SECONDS, _load, _log, _save, moving_average, plot
 
 Array = NDArray[np.float64]
 
@@ -492,6 +492,7 @@ def train(config_path: Path, out: Path, overrides: dict[str, object] | None = No
     validation = [held_out.batch(np.random.default_rng((1, n))) for n in range(config.validation_batches)]
     budget, last = config.budget_minutes * 60, time.monotonic()
     next_validation = spent + config.validate_minutes * 60
+    next_checkpoint = spent + CHECKPOINT_SECONDS
     running: list[dict[str, float]] = []
     templates = Templates()
     _train_mode(network)
@@ -516,16 +517,20 @@ def train(config_path: Path, out: Path, overrides: dict[str, object] | None = No
             _log(out, {"step": step, "minutes": spent / 60, "left": (budget - spent) / 60, "rate": rate, **row})
             running.clear()
         done = spent >= budget
-        if done or spent >= next_validation:
-            next_validation = spent + config.validate_minutes * 60
+        judged = done or spent >= next_validation
+        if judged or spent >= next_checkpoint:
+            next_checkpoint = spent + CHECKPOINT_SECONDS
             _save(checkpoint, learner=network, average=average, optimizer=optimizer, step=step, spent=spent)
+            last = time.monotonic()  # neither writing nor validation is training time
+        if judged:
+            next_validation = spent + config.validate_minutes * 60
             with torch.autocast("cpu", torch.bfloat16):
                 averaged = average.module
                 assert isinstance(averaged, CorrespondenceNetwork)
                 row = validate(averaged, validation, config, templates)
             _train_mode(network)
             _log(out, {"step": step, "minutes": spent / 60, **{f"val_{key}": value for key, value in row.items()}})
-            last = time.monotonic()  # validation is not training time
+            last = time.monotonic()
             plot(out, CURVES)
         if done:
             break

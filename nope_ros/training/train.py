@@ -137,7 +137,7 @@ def moving_average(decay: float) -> Callable[[_Tensors, _Tensors, Tensor | int],
 
 CHECKPOINT = "checkpoint.safetensors"
 
-_CHECKPOINT_SECONDS = 300.0
+CHECKPOINT_SECONDS = 300.0
 """What an interruption costs at most."""
 
 WEIGHTS = "weights"
@@ -203,7 +203,7 @@ def _run(
         return min(spent / budget if budget_steps is None else step / budget_steps, 1.0)
 
     next_validation = spent + config.validate_minutes * 60
-    next_checkpoint = spent + _CHECKPOINT_SECONDS
+    next_checkpoint = spent + CHECKPOINT_SECONDS
     running: list[float] = []
     learner.train()
     batches = iter(loader)
@@ -235,7 +235,7 @@ def _run(
             running.clear()
         judged = share() >= 1 or spent >= next_validation
         if accelerator.is_main_process and (judged or spent >= next_checkpoint):
-            next_checkpoint = spent + _CHECKPOINT_SECONDS
+            next_checkpoint = spent + CHECKPOINT_SECONDS
             _save(checkpoint, learner=bare, average=average, optimizer=optimizer, step=step, spent=spent)
             last = time.monotonic()  # neither writing nor validation is training time
         if accelerator.is_main_process and judged:
