@@ -625,9 +625,9 @@ def run_walks(args: argparse.Namespace, progress: bool = True) -> WalkReport:
             raise InputError(f"--{name}: {value} is less than {least}")
     asked = args.protocol or ["all"]
     protocols = tuple(prior for prior in PRIORS if prior in asked or "all" in asked)
-    if (args.dir / "poses.json").is_file() or any(args.dir.glob("*/poses.json")):
-        from nope_ros.evaluation.photos import photo_set
+    from nope_ros.evaluation.photos import holds_photos, photo_set
 
+    if holds_photos(args.dir):
         found = photo_set(args.dir, args.seed, objects=args.objects)
     else:
         from nope_ros.evaluation.meshes import mesh_set

@@ -15,6 +15,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from nope_ros.estimator import PoseEstimator, RegisteredObject
+from nope_ros.evaluation.photos import holds_photos, photo_set
 from nope_ros.evaluation.protocol import EvaluationSet
 from nope_ros.frame import InputError
 from nope_ros.refine import Query
@@ -185,9 +186,7 @@ def run(args: argparse.Namespace, progress: Progress) -> IdentityReport:
     if args.queries < 1:
         raise InputError(f"--queries: {args.queries} is not positive")
     options: dict[str, Any] = {"objects": args.objects, "references": 1, "pairs": args.queries}
-    if any(args.dir.glob("*/poses.json")):
-        from nope_ros.evaluation.photos import photo_set
-
+    if holds_photos(args.dir):
         found = photo_set(args.dir, args.seed, **options)
     else:
         from nope_ros.evaluation.meshes import mesh_set

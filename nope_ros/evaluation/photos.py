@@ -46,6 +46,11 @@ def read_frame(image: Path, mask: Path, K: NDArray[np.float64]) -> Frame:
     return Frame.from_arrays(read_image(image), read_image(mask, cv2.IMREAD_GRAYSCALE) > 127, K)
 
 
+def holds_photos(folder: Path) -> bool:
+    """Whether a folder is one that ``photo_set`` reads, and not one of meshes."""
+    return (folder / _POSES).is_file() or any(folder.glob(f"*/{_POSES}"))
+
+
 def photo_set(
     folder: Path,
     seed: int = 0,

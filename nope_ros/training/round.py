@@ -15,6 +15,7 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 
 from nope_ros.training.mesh import Mesh, make_mesh
+from nope_ros.training.procedural import _joined, _sheet
 
 Floats = NDArray[np.float64]
 
@@ -42,8 +43,9 @@ def round_object(seed: int) -> Mesh:
     parts = [(body, _skin(rng, body, around, down, grown))]
     if grown and rng.random() < 0.6:
         parts.append(_stalk(rng, body[0, 0]))
-    vertices, faces, colours = _meshed(parts)
-    mesh = make_mesh(vertices, faces, colours=colours, name=f"round_{seed:06d}")
+    patch = _joined([_sheet(points) for points, _ in parts])
+    colours = np.concatenate([colour.reshape(-1, 3) for _, colour in parts])
+    mesh = make_mesh(patch.vertices, patch.faces, colours=np.round(colours).astype(np.uint8), name=f"round_{seed:06d}")
     if rng.random() < 0.25:  # lying on a side
         axis, angle = rng.normal(size=3), rng.uniform(0, np.pi)
         mesh = mesh.rotated(cv2.Rodrigues(axis / np.linalg.norm(axis) * angle)[0])
@@ -143,17 +145,3 @@ def _stalk(rng: Generator, foot: Floats) -> tuple[Floats, Floats]:
     stick = np.concatenate([stick, np.broadcast_to(path[-1], (1, *stick.shape[1:]))])
     colour = 255 * np.array(colorsys.hsv_to_rgb(rng.uniform(0.05, 0.3), rng.uniform(0.2, 0.7), rng.uniform(0.1, 0.6)))
     return stick, np.broadcast_to(colour, stick.shape)
-
-
-def _meshed(parts: list[tuple[Floats, Floats]]) -> tuple[Floats, NDArray[np.int64], NDArray[np.uint8]]:
-    """Vertices, faces and colours of grids of points (R, S, 3) whose rows run down, seen from outside."""
-    vertices, faces, colours, first = [], [], [], 0
-    for points, colour in parts:
-        rows, columns = points.shape[:2]
-        i, j = np.meshgrid(np.arange(rows - 1), np.arange(columns - 1), indexing="ij")
-        a = first + (i * columns + j).ravel()
-        faces += [np.stack([a, a + columns, a + 1], 1), np.stack([a + 1, a + columns, a + columns + 1], 1)]
-        vertices.append(points.reshape(-1, 3))
-        colours.append(colour.reshape(-1, 3))
-        first += rows * columns
-    return np.concatenate(vertices), np.concatenate(faces), np.round(np.concatenate(colours)).astype(np.uint8)
