@@ -730,9 +730,7 @@ def main(args: argparse.Namespace) -> int:
     if not report.scores:
         console.print("nothing was evaluated: the set has no pairs for these protocols", style="red")
         return 1
-    if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(report.to_json() + "\n", encoding="utf-8")
+    _write(report, args.json)
     if args.pictures is not None:
         from nope_ros.evaluation.pictures import write_pictures
 
@@ -749,9 +747,7 @@ def _main_walks(args: argparse.Namespace, console: Console) -> int:
     if not report.scores:
         console.print("nothing was evaluated: no walk could be registered", style="red")
         return 1
-    if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(report.to_json() + "\n", encoding="utf-8")
+    _write(report, args.json)
     return 0
 
 
@@ -760,10 +756,14 @@ def _main_tables(report: AlignmentReport | IdentityReport, out: Path | None, con
         console.print(table)
     for line in report.skipped:
         console.print(f"not used: {line}", style="yellow", highlight=False)
+    _write(report, out)
+    return 0
+
+
+def _write(report: Report | WalkReport | AlignmentReport | IdentityReport, out: Path | None) -> None:
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(report.to_json() + "\n", encoding="utf-8")
-    return 0
 
 
 def _command(arguments: Sequence[str] | None = None) -> int:
