@@ -11,8 +11,11 @@ RUN apt-get update && apt-get install -y --no-install-recommends \
         python3-pip ros-${ROS_DISTRO}-vision-msgs ros-${ROS_DISTRO}-tf-transformations \
     && rm -rf /var/lib/apt/lists/*
 # CUDA: --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu128. The distribution's NumPy and OpenCV stay: cv_bridge
-# was built with them.
-RUN pip install --no-cache-dir --break-system-packages torch --index-url ${TORCH_INDEX} \
+# was built with them. The typing_extensions that pydantic needs goes beside the distribution's, which pip can't uninstall;
+# torch needs a newer setuptools, and colcon one before 80.
+RUN pip install --no-cache-dir --break-system-packages 'setuptools>=77.0.3,<80' \
+    && pip install --no-cache-dir --break-system-packages --ignore-installed typing_extensions \
+    && pip install --no-cache-dir --break-system-packages torch --index-url ${TORCH_INDEX} \
     && pip install --no-cache-dir --break-system-packages \
         'numpy<2' diffusers safetensors 'rosbags>=0.10' 'rosbags-image>=0.9' 'pydantic>=2.7' rich tqdm matplotlib
 COPY . /workspace/src/nope_ros

@@ -1,8 +1,9 @@
 """A grasp planner's side: wait for a pose that can be trusted, in the robot's own frame; register the object first.
 
-    python examples/grasp.py mug --frame base_link --patience 20
+    python examples/grasp.py mug --frame base_link --patience 20 --distance 0.62
 
-A pose is taken when the node trusts it, when it is the only answer, and when three in a row agree within 10 degrees.
+A pose is taken when the node trusts it, when it is metric, when it is the only answer, and when three in a row agree
+within 10 degrees. It is metric if the object was registered with depth, or with its distance or diameter.
 What is told is the object in `--frame` at the time of the image, as tf2 has it.
 """
 
@@ -38,7 +39,7 @@ class Waiter(Node):
         super().__init__("grasp_example")
         self.object_id, self.name = object_id, node
         self.agreeing: list[tuple[Time, Quaternion]] = []
-        self.frame = ""
+        self.metric = True
         self.buffer = tf2_ros.Buffer()
         self.listener = tf2_ros.TransformListener(self.buffer, self)
         self.create_subscription(ObjectPoseArray, f"{node}/poses", self.receive, 10)
@@ -49,7 +50,8 @@ class Waiter(Node):
             if pose.object_id != self.object_id:
                 continue
             q = pose.pose.pose.orientation
-            sure = pose.trusted and pose.ambiguity == ObjectPose.AMBIGUITY_UNIQUE
+            self.metric = pose.metric
+            sure = pose.trusted and pose.metric and pose.ambiguity == ObjectPose.AMBIGUITY_UNIQUE
             if not sure or (self.agreeing and not same(q, self.agreeing[-1][1])):
                 self.agreeing.clear()
             if sure:
@@ -64,12 +66,15 @@ class Waiter(Node):
         rclpy.spin_until_future_complete(self, future)
         return future.result()
 
-    def register(self) -> None:
-        """Learn the object from the newest frame, unless the node knows it."""
+    def register(self, distance: float, diameter: float) -> None:
+        """Learn the object from the newest frame, unless the node knows it; metres, 0 where not known."""
         known = self.call(ListObjects, "list_objects", ListObjects.Request())
         if self.object_id in known.object_ids:
             return
-        answer = self.call(RegisterObject, "register_object", RegisterObject.Request(object_id=self.object_id))
+        request = RegisterObject.Request(
+            object_id=self.object_id, reference_distance=distance, object_diameter=diameter
+        )
+        answer = self.call(RegisterObject, "register_object", request)
         if not answer.success:
             sys.exit(answer.message)
         self.get_logger().info(answer.message)
@@ -96,12 +101,17 @@ def main() -> int:
     parser.add_argument("--frame", default="base_link", help="in which the pose is wanted (%(default)s)")
     parser.add_argument("--node", default="/nope")
     parser.add_argument("--prefix", default="", help="the node's tf.prefix")
+    parser.add_argument("--distance", type=float, default=0.0, help="metres to the object, where it is registered now")
+    parser.add_argument("--diameter", type=float, default=0.0, help="of the object, metres; instead of the distance")
     parser.add_argument("--patience", type=float, default=20.0, help="seconds (%(default)s)")
     given = parser.parse_args()
     rclpy.init()
     waiter = Waiter(given.object_id, given.node)
-    waiter.register()
+    waiter.register(given.distance, given.diameter)
     found = waiter.wait(given.frame, given.prefix, given.patience)
+    if found is None and not waiter.metric:
+        print(f"poses of '{given.object_id}' are not metric; unregister it, and give --distance, --diameter or depth")
+        return 1
     if found is None:
         print(f"no pose of '{given.object_id}' that can be trusted within {given.patience:g} s; look from another side")
         return 1

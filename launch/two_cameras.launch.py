@@ -4,13 +4,15 @@ r"""A node for each of two cameras, each in the camera's namespace, with names i
 
 Under each namespace `image_raw`, `camera_info` and `mask` are expected; poses come out on /left_camera/nope/poses, and
 so on. The parameter file has a section for each, `/left_camera/nope:` and `/right_camera/nope:`, with a `tf.prefix` and
-a `storage.directory` of its own, as both nodes would write to one folder otherwise.
+a `storage.directory` of its own, as both nodes would write to one folder otherwise. A namespace without a section is
+refused.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import yaml
 from ament_index_python.packages import get_package_share_directory
 from launch.actions import DeclareLaunchArgument, IncludeLaunchDescription, OpaqueFunction
 from launch.launch_description_sources import PythonLaunchDescriptionSource
@@ -37,13 +39,22 @@ def generate_launch_description() -> LaunchDescription:
 
 def nodes(context: LaunchContext) -> list[LaunchDescriptionEntity]:
     """One launch of the node for each camera."""
+    file = LaunchConfiguration("params_file").perform(context)
+    sections = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
+    for name in CAMERAS:
+        section = f"/{LaunchConfiguration(name).perform(context).strip('/')}/nope"
+        if section not in sections:
+            raise RuntimeError(
+                f"{file} has no section '{section}:'; copy it, give that node a tf.prefix and a storage.directory of "
+                "its own there, and launch with params_file:=<the copy>"
+            )
     source = PythonLaunchDescriptionSource(str(SHARE / "launch" / "nope.launch.py"))
     found: list[LaunchDescriptionEntity] = []
     for name in CAMERAS:
         given = {
             "namespace": LaunchConfiguration(name).perform(context),
             "image": "image_raw",
-            "params_file": LaunchConfiguration("params_file").perform(context),
+            "params_file": file,
         }
         found.append(IncludeLaunchDescription(source, launch_arguments=given.items()))
     return found

@@ -38,6 +38,10 @@ class InputError(ValueError):
         return "".join(one if one.isprintable() else repr(one)[1:-1] for one in text[:_LONGEST_MESSAGE])
 
 
+class NothingSeenError(InputError):
+    """A mask that shows no object, or too little of one: nothing is wrong with it but that."""
+
+
 @dataclass(frozen=True)
 class Camera:
     """A pinhole camera with lens distortion.
@@ -145,10 +149,10 @@ class Frame:
         columns = np.flatnonzero(self.mask.any(axis=0))
         rows = np.flatnonzero(self.mask.any(axis=1))
         if columns.size == 0:
-            raise InputError("mask: no pixel is set; is the object in view, and is the instance id right?")
+            raise NothingSeenError("mask: no pixel is set; is the object in view, and is the instance id right?")
         box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
         if min(box[2] - box[0], box[3] - box[1]) < 8:
-            raise InputError(
+            raise NothingSeenError(
                 f"mask: the object is only {box[2] - box[0]}x{box[3] - box[1]} px, at least 8x8 are needed; move closer"
             )
         object.__setattr__(self, "bbox_xyxy", box)
@@ -183,6 +187,7 @@ class Frame:
 
         Raises:
             InputError: naming the array that does not fit.
+            NothingSeenError: if the mask is empty, or smaller than 8x8 pixels.
         """
         image, mask = np.asarray(image), np.asarray(mask)
         if image.dtype != np.uint8:

@@ -267,7 +267,7 @@ def processed(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     source = write(folder / "in.mcap", recorded_frames())
     summary = bag.process(job(source, folder / "out.mcap", weights))
     assert (summary.frames, summary.resumed, summary.poses) == (COUNT, 0, COUNT - 1)
-    assert any("nothing is in view" in problem for problem in summary.problems)
+    assert any("is the object in view" in problem for problem in summary.problems)
     return source, folder / "out.mcap"
 
 

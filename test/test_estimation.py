@@ -147,7 +147,11 @@ def test_nothing_registered_or_in_view(estimator: PoseEstimator, objects: list[R
     image, mask = scene()
     assert run(estimator, [], match(image, mask))[0].seen == ()
     result, said = run(estimator, objects, match(image, 0 * mask))
-    assert result.seen == () and said == ["mask: no pixel is set, nothing is in view"]
+    assert result.seen == () and said == ["mask: no pixel is set; is the object in view, and is the instance id right?"]
+    speck = np.zeros_like(mask)
+    speck[100:105, 100:105] = 255
+    result, said = run(estimator, objects, match(image, speck))
+    assert result.seen == () and said == ["mask: the object is only 5x5 px, at least 8x8 are needed; move closer"]
     with pytest.raises(InputError, match="mask: size 320x100"):
         run(estimator, objects, match(image, 0 * mask[:100]))
 

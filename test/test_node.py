@@ -561,6 +561,22 @@ def test_parameters_change_at_run_time(node: NodeProcess, robot: Robot) -> None:
         assert set_parameter(robot, name, value) == ""
 
 
+def test_refinement_and_tracking_change_at_run_time(node: NodeProcess, robot: Robot) -> None:
+    image, mask = scene()
+    assert robot.register("mug", image, mask).success
+    poses = robot.listen(topics.POSES)
+    for name, value in (
+        *(("refinement", one) for one in ("none", "synthesis", "both", "correspondence")),
+        *(("tracking.enabled", one) for one in (True, False)),
+    ):
+        assert set_parameter(robot, name, value) == ""
+        for _ in range(2):  # tracking has something to go by at the second
+            when = robot.frame(image, mask)
+            told = robot.wait(poses, lambda message, when=when: _nanoseconds(message) == when).poses
+            assert [one.object_id for one in told] == ["mug"], (name, value)
+    assert "none, correspondence, synthesis, both" in set_parameter(robot, "refinement", "more")
+
+
 def test_parameters_are_refused_with_the_reason(node: NodeProcess, robot: Robot) -> None:
     assert "out of range" in set_parameter(robot, "confidence_threshold", 2.0)
     assert "auto, free, upright, standing" in set_parameter(robot, "prior", "sideways")

@@ -131,6 +131,28 @@ def test_depth_that_stopped_or_was_lost_holds_nothing_up() -> None:
     assert match is not None and match.image == "image@1.4" and match.depth is None
 
 
+def test_of_a_recording_every_frame_is_handed_out() -> None:
+    pairs = Pairing(patience=5 * SECOND, capacity=1_000_000, every=True)
+    for second in (1, 1.1, 1.2):
+        add(pairs, "image", second)
+        add(pairs, "mask", second)
+    assert pairs.take(0) is None
+    add(pairs, "camera_info", 1.2)  # recorded after three images
+    assert [pairs.take(0).stamp / SECOND for _ in range(3)] == [1, 1.1, 1.2]
+    add(pairs, "depth", 1.2)
+    for second in (1.25, 1.3, 1.35):
+        add(pairs, "image", second)
+        add(pairs, "mask", second)
+    assert pairs.take(0) is None
+    add(pairs, "depth", 1.3)  # the one of 1.25 was lost, that of 1.35 will not come
+    matches = [pairs.take(0), pairs.take(0)]
+    assert [(one.stamp / SECOND, one.depth) for one in matches] == [(1.25, None), (1.3, "depth@1.3")]
+    assert pairs.take(0) is None
+    pairs.finish()
+    assert pairs.take(0).stamp / SECOND == 1.35
+    assert (pairs.counts.taken, pairs.counts.skipped) == (6, 0)
+
+
 def test_what_was_seen_before_the_clock_was_set_back_is_not_the_latest() -> None:
     pairs = pairing()
     for kind in ("camera_info", "image", "mask"):

@@ -186,8 +186,10 @@ def moments(job: Job, complain: Callable[[object], object] = lambda problem: Non
             or (imu is not None and one.topic in (imu_topic, f"/{imu_topic}"))
         ]
         ahead = int(settings.gravity_timeout * 1e9) if tree is not None else 0
-        pairing = Pairing(patience=int(settings.mask_patience * 1e9), capacity=settings.buffer_megabytes * 1_000_000)
+        capacity = settings.buffer_megabytes * 1_000_000
+        pairing = Pairing(patience=int(settings.mask_patience * 1e9), capacity=capacity, every=True)
         complete: deque[Moment] = deque()
+        when = 0
         for connection, when, data in reader.messages(connections=wanted):
             while complete and complete[0].recorded + ahead < when:
                 yield complete.popleft()
@@ -200,8 +202,7 @@ def moments(job: Job, complain: Callable[[object], object] = lambda problem: Non
                     complain(error)
                     continue
                 pairing.add(kind, stamp, message, 0 if kind == "camera_info" else len(message.data))
-                match = pairing.take(timeout=0)
-                if match is not None:
+                while (match := pairing.take(timeout=0)) is not None:
                     complete.append(Moment(match, when, gravity))
             elif connection.msgtype == _TF and tree is not None:
                 tree.take(message, static=False)
@@ -209,6 +210,9 @@ def moments(job: Job, complain: Callable[[object], object] = lambda problem: Non
                 felt = message.linear_acceleration
                 stamp = messages.nanoseconds(message.header.stamp)
                 imu.add(ImuSample(stamp, np.array([felt.x, felt.y, felt.z]), message.header.frame_id))
+        pairing.finish()
+        while (match := pairing.take(timeout=0)) is not None:
+            complete.append(Moment(match, when, gravity))
         yield from complete
 
 

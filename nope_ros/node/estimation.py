@@ -13,7 +13,7 @@ from std_msgs.msg import Header
 
 from nope_ros.assignment import assign
 from nope_ros.estimator import PoseEstimator, RegisteredObject
-from nope_ros.frame import Camera, Frame, InputError
+from nope_ros.frame import Camera, Frame, InputError, NothingSeenError
 from nope_ros.node import messages
 from nope_ros.node.distro import TransformError
 from nope_ros.node.gravity import Gravity
@@ -165,11 +165,12 @@ def read(match: Match, settings: Settings, complain: Complain) -> Scene:
     image = messages.image_array(match.image)
     camera = messages.camera(match.camera_info, rectified=settings.rectified)
     ids = messages.mask_array(match.mask)
-    if not ids.any() and ids.shape == image.shape[:2]:
-        complain("mask: no pixel is set, nothing is in view")
-        return Scene(image, camera.without_distortion(), {})
     # The whole mask as one object: checks and undistorts the image once for all instances.
-    whole = Frame.from_arrays(image, ids, camera, depth_of(match, image.shape[:2], complain))
+    try:
+        whole = Frame.from_arrays(image, ids, camera, depth_of(match, image.shape[:2], complain))
+    except NothingSeenError as error:  # as when the object has left: whoever follows it is told of no pose
+        complain(str(error))
+        return Scene(camera.undistort(image), camera.without_distortion(), {})
     cut = np.unique(np.concatenate([ids[0], ids[-1], ids[:, 0], ids[:, -1]]))
     ids = camera.undistort(ids, cv2.INTER_NEAREST).astype(np.uint16)
     instances: dict[int, Frame] = {}

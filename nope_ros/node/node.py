@@ -48,7 +48,7 @@ from nope_ros.srv import ListObjects, RegisterFromStream, RegisterObject, Unregi
 from nope_ros.stopwatch import stage, timed
 from nope_ros.store import ObjectStore, StoreError, check_object_id
 from nope_ros.tracking import Tracker
-from nope_ros.video import summary
+from nope_ros.video import KEYFRAMES, check_count, summary
 
 # Inputs, registration, the other services, lifecycle and parameters, TF and IMU, diagnostics: none waits for another.
 _THREADS = 6
@@ -324,7 +324,16 @@ class NopeNode(LifecycleNode):
     # --- parameters -------------------------------------------------------------------------------------------------
 
     def _check_parameters(self, changed: Sequence[Parameter[Any]]) -> Any:
-        return parameters.check(changed, active=self._session is not None)
+        session = self._session
+        result = parameters.check(changed, active=session is not None)
+        if result.successful and session is not None:
+            for parameter in changed:
+                if parameter.name == "refinement":
+                    try:  # loaded now, so that no frame waits for it, or refused
+                        session.estimator.refinement = parameter.value
+                    except InputError as error:
+                        result.successful, result.reason = False, f"refinement: {error}"
+        return result
 
     def _use_parameters(self, _: Sequence[Parameter[Any]]) -> None:
         settings = self._settings = parameters.read(self)
@@ -576,6 +585,7 @@ class NopeNode(LifecycleNode):
             raise InputError(
                 f"reference_distance: {distance:g} is not a distance; give metres, or 0 if it is not known"
             )
+        check_count(request.keyframes or KEYFRAMES)
         if request.fixed_frame and self._transforms is None:
             self._transforms = tf.listen(self, self._history)
         transforms = self._transforms if request.fixed_frame else None

@@ -1,7 +1,8 @@
 """Which image, mask, calibration and depth belong together. Knows stamps and sizes, nothing of ROS.
 
 A mask comes from a detector that may need seconds, so images wait for it. Frames come faster than poses are estimated,
-so of all complete frames only the newest is handed out and the rest counted. What waits is bounded in bytes and time.
+so of all complete frames only the newest is handed out and the rest counted; of a recording, which can wait, each one.
+What waits is bounded in bytes and time.
 """
 
 from __future__ import annotations
@@ -80,12 +81,14 @@ class Pairing:
     Attributes:
         patience: nanoseconds an image waits for its mask, and a mask for its image.
         capacity: bytes of images, masks and depth held at most; the newest frame is held whatever its size.
+        every: whether complete frames are handed out one after another, the oldest first, and none is overtaken.
     """
 
-    def __init__(self, *, patience: int, capacity: int) -> None:
+    def __init__(self, *, patience: int, capacity: int, every: bool = False) -> None:
         """Start empty."""
         self.patience = patience
         self.capacity = capacity
+        self.every = every
         self._changed = threading.Condition()
         self._counts = Counts()
         self._last: Match | None = None
@@ -146,12 +149,16 @@ class Pairing:
             self._changed.notify_all()
 
     def take(self, timeout: float) -> Match | None:
-        """The newest complete frame, waited for up to timeout seconds; everything older is let go."""
+        """The newest complete frame, or the oldest with ``every``, waited for up to timeout seconds.
+
+        Everything older is let go.
+        """
         with self._changed:
-            self._changed.wait_for(lambda: self._newest_complete() is not None, timeout)
-            stamp = self._newest_complete()
-            if stamp is None:
+            self._changed.wait_for(self._complete, timeout)
+            complete = self._complete()
+            if not complete:
                 return None
+            stamp = complete[0] if self.every else complete[-1]
             self._last = self._match(stamp)
             self._taken_stamp = stamp
             self._count(taken=1)
@@ -163,8 +170,14 @@ class Pairing:
     def latest(self) -> Match | None:
         """The newest complete frame, handed out or not; it stays where it is."""
         with self._changed:
-            stamp = self._newest_complete()
-            return self._last if stamp is None else self._match(stamp)
+            complete = self._complete()
+            return self._match(complete[-1]) if complete else self._last
+
+    def finish(self) -> None:
+        """Nothing more will come: frames no longer wait for their depth."""
+        with self._changed:
+            self._newest_depth = None
+            self._changed.notify_all()
 
     def clear(self) -> None:
         """Let everything go, the latest frame included; counts stay."""
@@ -223,11 +236,11 @@ class Pairing:
         for stamp in [stamp for stamp in depths if is_old(stamp)]:
             del depths[stamp]
 
-    def _newest_complete(self) -> int | None:
+    def _complete(self) -> list[int]:
         if not self._calibrations:
-            return None
+            return []
         both = self._held["image"].keys() & self._held["mask"].keys()
-        return max((stamp for stamp in both if not self._waits_for_depth(stamp)), default=None)
+        return sorted(stamp for stamp in both if not self._waits_for_depth(stamp))
 
     def _waits_for_depth(self, stamp: int) -> bool:
         if stamp in self._held["depth"] or self._newest_depth is None or self._newest_image is None:

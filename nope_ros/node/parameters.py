@@ -18,6 +18,9 @@ from nope_ros.frame import InputError
 from nope_ros.prior import PRIORS
 from nope_ros.refine import DEFAULT_REFINEMENT, REFINEMENTS, Refinement
 
+LONGEST_PATIENCE = 60.0
+"""Seconds that ``mask_patience`` may be at most; TF and IMU are kept for as long."""
+
 if TYPE_CHECKING:
     from rclpy.node import Node
     from rclpy.parameter import Parameter
@@ -159,7 +162,11 @@ class Settings:
         False, "The image is undistorted already: use P of camera_info and no distortion, not K and D."
     )
     mask_patience: float = _parameter(
-        5.0, "How long an image waits for its mask, and a mask for its image.", unit="s", low=0.05, high=60.0
+        5.0,
+        "How long an image waits for its mask, and a mask for its image.",
+        unit="s",
+        low=0.05,
+        high=LONGEST_PATIENCE,
     )
     buffer_megabytes: int = _parameter(
         512,

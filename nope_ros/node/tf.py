@@ -15,6 +15,7 @@ from rclpy.time import Time
 from tf2_msgs.msg import TFMessage
 
 from nope_ros.node.distro import HISTORY, Array, TransformError, Transforms, TransformTree, rotation_matrix
+from nope_ros.node.parameters import LONGEST_PATIENCE
 
 try:
     import tf2_ros
@@ -35,9 +36,11 @@ def listen(node: Node, history: int = HISTORY) -> Transforms:
 
     Args:
         node: that listens.
-        history: nanoseconds of transforms that are kept.
+        history: nanoseconds of transforms that are kept; tf2's own buffer, which can't be lengthened later, keeps the
+            longest that can be wanted.
     """
-    return TransformListener(node, history) if tf2_ros is None else _Tf2Listener(node, history)
+    longest = HISTORY + int(LONGEST_PATIENCE * 1e9)
+    return TransformListener(node, history) if tf2_ros is None else _Tf2Listener(node, longest)
 
 
 def broadcaster(node: Node) -> Broadcaster:
