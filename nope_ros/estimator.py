@@ -19,7 +19,7 @@ from nope_ros.depth import reference_depth
 from nope_ros.distribution import RotationDistribution
 from nope_ros.frame import Camera, Frame, InputError
 from nope_ros.latent import Predictor, RotatedLatentPredictor, load_predictor
-from nope_ros.match import Bank, HarmonicBank, common_latents, predict_bank
+from nope_ros.match import Bank, HarmonicBank, ViewsBank, common_latents, predict_bank
 from nope_ros.mesh import Progress, RenderedViews, read_mesh, render_views, view_rotations
 from nope_ros.pose import PoseEstimate, ReferencePose, Sides, pose_estimate
 from nope_ros.prior import Hypotheses, Prior, free_rotations, hypotheses, resolve, upright_rotations
@@ -178,8 +178,19 @@ class RegisteredObject:
 
         None where the log-likelihood is no such sum: with keyframes, renders, a predictor whose latent does not turn.
         """
-        bank = self.free_bank if prior == "free" else self.first_bank
+        bank = self._any_bank(prior)
         return bank.harmonics(query.latent, self.temperature) if isinstance(bank, HarmonicBank) else None
+
+    def harmonics_near(self, query: Query, prior: Prior, rotations: Array) -> Tensor | None:
+        """The same (M, Σ(2l+1)²) near each of rotations (M, 3, 3), with keyframes too; see ``ViewsBank``."""
+        bank = self._any_bank(prior)
+        if not isinstance(bank, HarmonicBank | ViewsBank):
+            return None
+        return bank.harmonics_near(query.latent, self.temperature, rotations)
+
+    def _any_bank(self, prior: Prior) -> Bank:
+        """A bank by whose latents a prior's likelihood goes, whatever its rotations."""
+        return self.free_bank if prior == "free" else self.first_bank
 
     def distribution_of(self, harmonics: Tensor, query: Query, prior: Prior) -> RotationDistribution:
         """As ``distribution``, where ``harmonics`` (Σ(2l+1)²,), as of ``harmonics``, are what is known."""

@@ -220,6 +220,10 @@ class HarmonicBank:
         query = latent.float().reshape(self.latent.shape)
         return correlation(query[None], self.latent[None])[0] / temperature
 
+    def harmonics_near(self, latent: Tensor, temperature: float, rotations: Array) -> Tensor:
+        """As of ``ViewsBank``: the same near all of them."""
+        return self.harmonics(latent, temperature).expand(len(rotations), -1)
+
     def log_likelihood(self, harmonics: Tensor) -> Array:
         """Of the bank's rotations (N,), up to a constant, from such coefficients."""
         products: Array = torch.mv(self.turns, harmonics).double().cpu().numpy()
@@ -255,6 +259,7 @@ class ViewsBank:
         latents: (K, (L+1)², C), turned into the first view's virtual camera.
         turns: (N, Σ(2l+1)²) the flattened D of the rotations.
         near: (N, K) see ``view_weights``.
+        views: (K, 3, 3), from the first view's virtual camera to each one's.
         normalised: 0..1, how much of each view's normalisation is taken off before the nearest are compared.
     """
 
@@ -262,6 +267,7 @@ class ViewsBank:
     latents: Tensor
     turns: Tensor
     near: Tensor
+    views: Array
     normalised: float = 1.0
 
     @classmethod
@@ -277,7 +283,7 @@ class ViewsBank:
         turned = common_latents(predictor, latents, views)
         first = HarmonicBank.of(predictor, latents[0], rotations)
         near = torch.tensor(view_weights(rotations, views), dtype=torch.float32, device=turned.device)
-        return cls(rotations, turned, first.turns, near, normalised)
+        return cls(rotations, turned, first.turns, near, views, normalised)
 
     def match(self, latent: Tensor, temperature: float) -> Match:
         """As ``TemplateBank.match``."""
@@ -286,9 +292,20 @@ class ViewsBank:
 
     def products(self, latent: Tensor, temperature: float) -> Tensor:
         """What each view makes of each rotation: (N, K)."""
+        return self.turns @ self._correlations(latent).T / temperature
+
+    def _correlations(self, latent: Tensor) -> Tensor:
         query = latent.float().reshape(1, *self.latents.shape[1:])
-        each = self.turns @ correlation(query.expand(len(self.latents), -1, -1), self.latents).T
-        return each / temperature
+        return correlation(query.expand(len(self.latents), -1, -1), self.latents)
+
+    def harmonics_near(self, latent: Tensor, temperature: float, rotations: Array) -> Tensor:
+        """What ``match`` says of rotations near each of (M, 3, 3), as coefficients (M, Σ(2l+1)²) of the flattened D.
+
+        Up to a constant of each, and with the views' weights as they are there.
+        """
+        weights = view_weights(rotations, self.views) + 1 / len(self.views)
+        each = self._correlations(latent) / temperature
+        return torch.tensor(weights, dtype=each.dtype, device=each.device) @ each
 
     def fused(self, products: Tensor, normalised: float) -> Tensor:
         """What they make of it together: (N,)."""

@@ -23,7 +23,7 @@ from torch import Tensor
 from nope_ros.distribution import Ambiguity, Mode
 from nope_ros.harmonics import degree_slices, generators, wigner_d
 from nope_ros.latent import Predictor, RotatedLatentPredictor
-from nope_ros.models.rotated_latent import correlation
+from nope_ros.models.rotated_latent import bandwidth_of, correlation
 from nope_ros.pose import PoseEstimate, rotation_covariance
 from nope_ros.prior import Prior
 from nope_ros.refine import Query, Refined
@@ -79,15 +79,16 @@ class HarmonicObjective:
     """See the module.
 
     Args:
-        products: (Σ(2l+1)²,) ``correlation`` over temperature; float64, on the CPU: there is too little work for more.
+        products: (Σ(2l+1)²,) ``correlation`` over temperature, or (K, Σ(2l+1)²), one for each of the K rotations it is
+            asked for; float64, on the CPU: there is too little work for more.
         bandwidth: L.
     """
 
     def __init__(self, products: Tensor, bandwidth: int) -> None:
         self.bandwidth = bandwidth
         sizes = [2 * degree + 1 for degree in range(bandwidth + 1)]
-        parts = products.split([size * size for size in sizes])
-        self.blocks = [part.reshape(size, size) for part, size in zip(parts, sizes, strict=True)]
+        parts = products.split([size * size for size in sizes], dim=-1)
+        self.blocks = [part.reshape(*part.shape[:-1], size, size) for part, size in zip(parts, sizes, strict=True)]
 
     def __call__(self, rotations: Array) -> Climb:
         """⟨C, exp(Σ ω_i J_i) D(R)⟩ to second order in ω."""
@@ -257,10 +258,9 @@ class SynthesisRefiner:
         rotations = left @ (estimate.mode_rotations @ right)
         masses = np.array([mode.probability for mode in estimate.modes])
         values = np.empty(len(rotations))
-        for members, latent, R_view_reference in _views(registered, rotations):
+        for members, likelihood, R_view_reference in _likelihoods(query, registered, estimate.prior, rotations):
             down = registered.gravity_virtual
             freedom = Freedom(estimate.prior, None if down is None else R_view_reference @ down, query.gravity_virtual)
-            likelihood = objective(registered.predictor, query.latent, latent)
             starts = rotations[members] @ R_view_reference.T
             begun = likelihood(starts).value
             climbed, at = climb(likelihood, starts, freedom, steps=self.steps)
@@ -278,16 +278,24 @@ class SynthesisRefiner:
         return [] if refined is None else [refined]
 
 
-def _views(registered: RegisteredObject, rotations: Array) -> list[tuple[NDArray[np.intp], Tensor, Array]]:
-    """Which view is turned to rotations (K, 3, 3): indices, its latent, its rotation (3, 3) from the reference."""
+def _likelihoods(
+    query: Query, registered: RegisteredObject, prior: Prior, rotations: Array
+) -> list[tuple[NDArray[np.intp], Objective, Array]]:
+    """What is climbed from rotations (K, 3, 3): indices, objective, rotation (3, 3) from the reference to its view."""
+    everything = np.arange(len(rotations))
+    predictor = registered.predictor
+    told = registered.harmonics_near(query, prior, rotations)
+    if told is not None:  # exactly what the templates were samples of
+        return [(everything, HarmonicObjective(told.double().cpu(), bandwidth_of(told.shape[-1])), np.eye(3))]
     if registered.rendered is None:
-        return [(np.arange(len(rotations)), registered.latent, np.eye(3))]
+        return [(everything, objective(predictor, query.latent, registered.latent), np.eye(3))]
+    # Of renders each answers for what is seen from near it.
     R_reference = registered.R_virtual_camera @ registered.reference.R_camera_object
     nearest = registered.rendered.nearest(rotations @ R_reference)
     return [
         (
             np.flatnonzero(nearest == view),
-            registered.rendered.latents[view],
+            objective(predictor, query.latent, registered.rendered.latents[view]),
             registered.rendered.R[view] @ R_reference.T,
         )
         for view in np.unique(nearest)

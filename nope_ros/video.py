@@ -44,7 +44,8 @@ Scale = Literal["poses", "depth", "reference_distance", "object_diameter", "unkn
 Encode = Callable[[Sequence[Crop]], Tensor]
 
 KEYFRAMES = 16
-_FEWEST = 3
+FEWEST = 3
+"""Keyframes and frames of a walk, at least: what fewer see is one side."""
 # Views nearer to each other than this show the same.
 _NOTHING_NEW = np.radians(5.0)
 # A mask whose second largest piece is more than this share of it has been cut in two.
@@ -321,20 +322,21 @@ def plan_keyframes(
         walk: the frames.
         encode: crops to latents (B, D).
         predictor: what made the latents.
-        count: of keyframes, at most.
+        count: of keyframes, at most; not fewer than ``FEWEST``.
         poses_metric: whether translations of the poses are metres.
         report: told what is being done.
 
     Raises:
-        InputError: if fewer than three frames are left, with the most frequent reason.
+        InputError: if fewer than three frames are left, with the most frequent reason; or if all look from one side.
     """
+    check_count(count)
     refused = list(walk.refused)
     views = list(walk.views)
     posed = [view for view in views if view.pose is not None]
-    if len(posed) >= _FEWEST:
+    if len(posed) >= FEWEST:
         refused += [Refusal(view.name, "no camera pose is known for it") for view in views if view.pose is None]
         views = posed
-    given = len(posed) >= _FEWEST
+    given = len(posed) >= FEWEST
     report("looking for blurred frames and wrong masks")
     views = _without_outliers(views, refused, given)
     _check_enough(views, refused, walk)
@@ -367,6 +369,11 @@ def plan_keyframes(
         _check_enough(views, refused, walk)
     R_virtual = np.stack([view.crop.R_virtual_camera for view in views]) @ rotations  # of the fixed frame
     chosen = farthest(-R_virtual[:, 2], count, np.array([view.sharpness for view in views]))
+    if len(chosen) < FEWEST:
+        raise InputError(
+            f"walk: its {len(views)} frames look from {len(chosen)} direction{'s' * (len(chosen) > 1)} only that differ "
+            f"by {np.degrees(_NOTHING_NEW):.0f}° or more; go round the object, or register it from one image"
+        )
     up, how = _up(views, rotations)
     R_fixed_object = _frame_of(up, -R_virtual[0, 2])
     if how != "image":  # gravity is known after all, also where a frame came without: crops as if it had had it
@@ -426,13 +433,19 @@ def plan_keyframes(
     return Plan(keyframes, tuple(views), R_camera_object[0], t, radius, how != "image")
 
 
+def check_count(keyframes: int) -> None:
+    """Raise InputError if so many keyframes are too few."""
+    if keyframes < FEWEST:
+        raise InputError(f"keyframes: {keyframes} are too few to know an object from several sides; {FEWEST} at least")
+
+
 def _check_enough(views: Sequence[View], refused: Sequence[Refusal], walk: Walk) -> None:
-    if len(views) >= _FEWEST:
+    if len(views) >= FEWEST:
         return
     reasons = [refusal.reason for refusal in refused]
     most = max(set(reasons), key=reasons.count) if reasons else "there were no more"
     raise InputError(
-        f"walk: {len(views)} of {len(walk)} frames can be used, at least {_FEWEST} are needed; most often: {most}"
+        f"walk: {len(views)} of {len(walk)} frames can be used, at least {FEWEST} are needed; most often: {most}"
     )
 
 
@@ -701,7 +714,7 @@ def left_out(predictor: Predictor, latents: Tensor, R_virtual_object: Array) -> 
         R_virtual_object: (K, 3, 3).
     """
     count = len(latents)
-    if not isinstance(predictor, RotatedLatentPredictor) or count < _FEWEST:
+    if not isinstance(predictor, RotatedLatentPredictor) or count < FEWEST:
         return LeftOut()
     logits: dict[float, list[Array]] = {normalised: [] for normalised in _NORMALISED}
     truths, hits = [], dict.fromkeys(_NORMALISED, 0)

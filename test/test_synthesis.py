@@ -78,6 +78,20 @@ def test_the_harmonic_form_is_the_likelihood_of_the_bank(small):
     np.testing.assert_allclose(value, matched.log_likelihood, atol=1e-4 * np.ptp(value))
 
 
+def test_near_a_rotation_the_harmonic_form_is_the_likelihood_of_several_views(small):
+    """Turned about the viewing direction, views keep their weights, and both forms differ by one constant."""
+    query = 1e-2 * torch.randn(int(np.prod(small.latent_shape)))
+    latents = 1e-2 * torch.randn(4, int(np.prod(small.latent_shape)))
+    views = np.concatenate([np.eye(3)[None], random_rotations(3, 1)])
+    for start in random_rotations(3, 2):
+        rolled = exp(np.linspace(-1, 1, 9)[:, None] * [0.0, 0.0, 1.0]) @ start
+        bank = predict_bank(small, latents, rolled, views=views, normalised=0.5)
+        matched = bank.match(query, small.temperature).log_likelihood
+        near = bank.harmonics_near(query, small.temperature, np.repeat(start[None], len(rolled), 0))
+        value = HarmonicObjective(near.double(), 8)(rolled).value
+        np.testing.assert_allclose(np.diff(value), np.diff(matched), atol=1e-4 * np.ptp(matched))
+
+
 def test_differentiating_the_predictor_is_the_harmonic_form(small):
     rotations = random_rotations(6)
     query, reference = 1e-2 * torch.randn(2, int(np.prod(small.latent_shape)))

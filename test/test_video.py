@@ -197,6 +197,17 @@ def test_too_few_frames_say_why(estimator, frames):
         estimator.register_walk(walk)
 
 
+def test_a_walk_that_did_not_go_round_is_refused(estimator, frames):
+    poses = [camera(ROUND[0] + np.radians(0.8 * index) * np.array([0.0, 0.0, 1.0])) for index in range(6)]
+    with pytest.raises(InputError, match=r"6 frames look from 1 direction only .*go round"):
+        estimator.register_views([photograph(pose) for pose in poses], poses=poses)
+    with pytest.raises(InputError, match=r"6 frames look from 1 direction only .*go round"):
+        estimator.register_views(frames[:1] * 6)
+    for few in (-3, 0, 2):
+        with pytest.raises(InputError, match=f"keyframes: {few} are too few"):
+            estimator.register_views(frames, poses=[camera(one) for one in ROUND], keyframes=few)
+
+
 def test_poses_that_look_elsewhere_are_refused(estimator, frames):
     poses = [camera(direction) for direction in ROUND]
     inverted = [(R.T, -R.T @ t) for R, t in poses]
@@ -382,7 +393,7 @@ def test_views_that_know_a_side_are_not_outvoted_by_those_that_never_saw_it():
     here, there = np.eye(3), exp(np.array([0, np.pi, 0]))
     rotations = np.stack([here, there])
     latents = torch.zeros(2, 81, 5)
-    bank = ViewsBank(rotations, latents, torch.zeros(2, 969), torch.eye(2))
+    bank = ViewsBank(rotations, latents, torch.zeros(2, 969), torch.eye(2), rotations)
     # The first says: as I saw it, surely. The second: the other way round, and little else; but it is not sure at all.
     products = torch.tensor([[9.0, -1.0], [1.0, 1.0]])
     assert bank.fused(products, 0.0).argmax() == 0

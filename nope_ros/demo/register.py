@@ -29,7 +29,7 @@ from nope_ros.estimator import PoseEstimator, RegisteredObject
 from nope_ros.frame import Camera, Frame, InputError
 from nope_ros.node.bagfile import Topics
 from nope_ros.store import ObjectStore, check_object_id
-from nope_ros.video import KEYFRAMES, Pose, Walk, summary
+from nope_ros.video import KEYFRAMES, Pose, Walk, check_count, summary
 
 Array = NDArray[np.float64]
 
@@ -252,7 +252,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fixed-frame", default="", help="of --bag: TF frame in which the object stands, z up")
     parser.add_argument("--z-up", action="store_true", help="the z axis of the poses' fixed frame points up")
     parser.add_argument("--not-metric", action="store_true", help="the poses' lengths are not metres")
-    parser.add_argument("--keyframes", type=int, default=KEYFRAMES, help="at most (%(default)s)")
+    parser.add_argument("--keyframes", type=int, default=KEYFRAMES, help="3 or more, at most (%(default)s)")
     parser.add_argument("--reference-distance", type=float, metavar="METRES", help="in the first frame that is used")
     parser.add_argument("--diameter", type=float, metavar="METRES", help="of the object; a mesh is scaled to it")
     parser.add_argument(
@@ -282,6 +282,7 @@ def main(words: Sequence[str]) -> int:
     console = Console()
     try:
         check_object_id(given.name)
+        check_count(given.keyframes)
         store = ObjectStore(given.store)
         estimator = PoseEstimator.from_pretrained(given.weights, device=given.device)
         with Progress(console=Console(stderr=True)) as progress:
