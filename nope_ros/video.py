@@ -370,9 +370,10 @@ def plan_keyframes(
     R_virtual = np.stack([view.crop.R_virtual_camera for view in views]) @ rotations  # of the fixed frame
     chosen = farthest(-R_virtual[:, 2], count, np.array([view.sharpness for view in views]))
     if len(chosen) < FEWEST:
+        directions = "1 direction" if len(chosen) == 1 else f"{len(chosen)} directions"
         raise InputError(
-            f"walk: its {len(views)} frames look from {len(chosen)} direction{'s' * (len(chosen) > 1)} only that differ "
-            f"by {np.degrees(_NOTHING_NEW):.0f}° or more; go round the object, or register it from one image"
+            f"walk: its {len(views)} frames look from {directions} only that differ by "
+            f"{np.degrees(_NOTHING_NEW):.0f}° or more; go round the object, or register it from one image"
         )
     up, how = _up(views, rotations)
     R_fixed_object = _frame_of(up, -R_virtual[0, 2])
