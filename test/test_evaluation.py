@@ -35,6 +35,7 @@ from nope_ros.evaluation.identity import IdentityReport
 from nope_ros.evaluation.meshes import mesh_set, procedural_set, random_camera
 from nope_ros.evaluation.metrics import Calibration, PairScore, Scores, calibration, reliability
 from nope_ros.evaluation.photos import photo_set
+from nope_ros.evaluation.pictures import _confidence_figure
 from nope_ros.evaluation.protocol import Answer, Observation, Occluder, draw_pairs
 from nope_ros.evaluation.symmetry import NO_SYMMETRY, Symmetry, SymmetryCache, find_symmetry
 from nope_ros.frame import Frame, InputError
@@ -45,7 +46,7 @@ from nope_ros.models.rotation_regression import RotationRegression, RotationRegr
 from nope_ros.prior import PRIORS, elevation, free_rotations, hypotheses
 from nope_ros.rotations import exp, geodesic_distance, look_at
 from nope_ros.training import calibrate, render_cache
-from nope_ros.training.mesh import make_mesh
+from nope_ros.training.mesh import UP_AXES, load_mesh, make_mesh
 from nope_ros.training.pairs import DataConfig, RenderCache
 from nope_ros.training.render import Lighting, render
 
@@ -549,7 +550,10 @@ def test_the_report_has_the_figures_promised(photos, estimator, tmp_path):
     values = json.loads(report.to_json())
     figures = {"acc15", "acc30", "median_deg", "mean_deg", "coverage50", "coverage90", "nll", "pairs"}
     figures |= {f"{name}_sym" for name in ("acc15", "acc30", "median_deg", "mean_deg")}
+    figures |= {"translation_relative_median"}
     for prior in PRIORS:
+        assert 0 < values[prior]["all"]["translation_relative_median"] < 1
+        assert values[prior]["baselines"][NO_MOTION]["all"]["translation_relative_median"] is None
         for subset in ("all", "within_90"):
             assert figures <= set(values[prior][subset])
             assert figures <= set(values[prior][subset]["object_mean"])
@@ -565,6 +569,14 @@ def test_the_report_has_the_figures_promised(photos, estimator, tmp_path):
     assert all(cv2.imread(str(path)).std() > 1 for path in pictures)
 
 
+def test_confidence_is_drawn_against_the_errors_that_it_is_of():
+    """A symmetric object's answer shares its probability with its equals: half as sure, half as often within 30°."""
+    scores = {"free": [score(180.0, sym=2.0, confidence=0.9), score(2.0, sym=2.0, confidence=0.9)]}
+    left, right = _confidence_figure(scores, "two").axes
+    assert left.lines[0].get_ydata() == pytest.approx([50])
+    assert right.lines[0].get_ydata() == pytest.approx([100, 50])
+
+
 def test_bad_photo_folders_are_named(tmp_path, photos):
     with pytest.raises(InputError, match=r"poses\.json"):
         photo_set(tmp_path)
@@ -574,9 +586,10 @@ def test_bad_photo_folders_are_named(tmp_path, photos):
     (tmp_path / "tripod/masks/0001.png").unlink()
     report = evaluate.evaluate_set(photo_set(tmp_path, references=1), [NoMotion()], ("free",))
     assert "0001.png" in report.skipped[0]
-    (tmp_path / "tripod/poses.json").write_text("{}")
-    with pytest.raises(InputError, match="not as expected"):
-        list(photo_set(tmp_path).objects())
+    for content in ("{}", "[]", '{"up": [0, 1], "images": []}', '{"images": [], "symmetries_discrete": [[1]]}'):
+        (tmp_path / "tripod/poses.json").write_text(content)
+        with pytest.raises(InputError, match="not as expected"):
+            list(photo_set(tmp_path).objects())
 
 
 # --- BOP ------------------------------------------------------------------------------------------------------------
@@ -617,22 +630,67 @@ def test_bop_without_a_world_frame_is_free_only(tmp_path, estimator):
     assert report.protocols["free"][OURS].subsets["all"].pairs == 6
     with pytest.raises(InputError, match="its splits are test"):
         bop_set(folder, "val")
-    with pytest.raises(InputError, match="no object 9"):
+    with pytest.raises(InputError, match="no object 9; its ids are 5, 6"):
         bop_set(folder, "test", objects=["9"])
+    with pytest.raises(InputError, match="no object mug; its ids are 5, 6"):
+        bop_set(folder, "test", objects=["mug", "5"])
+    assert [one.name for one in bop_set(folder, "test", objects=["6", "000005"]).objects()][::2] == ["000006", "000005"]
+
+
+def write_mesh(path, mesh):
+    trimesh = pytest.importorskip("trimesh")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    trimesh.Trimesh(mesh.vertices, mesh.faces, vertex_colors=mesh.colours, process=False).export(path)
+
+
+def test_bop_symmetries_are_found_where_none_are_marked(tmp_path):
+    folder = write_bop(tmp_path / "set")
+    (folder / "models/models_info.json").unlink()
+    cup = prism(48, tip=0.3)
+    write_mesh(folder / "models/obj_000005.ply", replace(cup, vertices=100 * cup.vertices))  # mm
+    found = bop_set(folder, "test", references=1, cache=tmp_path / "symmetry.json")
+    symmetry = {evaluated.name: evaluated.symmetry for evaluated in found.objects()}
+    assert abs(symmetry["000005"].axis[2]) > 0.999
+    assert symmetry["000006"].trivial
+    before = evaluate.evaluate_set(found, [NoMotion()], PRIORS)
+    assert before.skipped == ()
+    (folder / "models/obj_000006.ply").write_text("no mesh")
+    report = evaluate.evaluate_set(found, [NoMotion()], PRIORS)
+    assert len(report.skipped) == 1
+    assert "obj_000006.ply cannot be read as a mesh" in report.skipped[0] and "no symmetry" in report.skipped[0]
+    assert report.scores == before.scores
+    (folder / "models/models_info.json").write_text('{"5": {"symmetries_discrete": [[1, 2]]}}')
+    with pytest.raises(InputError, match=r"models_info\.json is not as expected"):
+        bop_set(folder, "test")
+
+
+def test_which_axis_of_a_bop_world_is_up(tmp_path, capsys):
+    folder = write_bop(tmp_path)
+
+    def gravity(world_up):
+        found = bop_set(folder, "test", references=1, world_up=world_up)
+        views = {view.name: view for evaluated in found.objects() for view in evaluated.views}
+        return views["000001/000001_000000"].gravity_camera
+
+    for axis, world_up in enumerate("xyz"):
+        assert gravity(world_up) == pytest.approx(-POSES[1][0][:, axis])
+    assert gravity("none") is None
+    found = bop_set(folder, "test", references=1, world_up="none")
+    assert {one.protocol for one in evaluate.evaluate_set(found, [NoMotion()], PRIORS).scores} == {"free"}
+    asked = ["bop", str(folder), "--split", "test", "--world-up", "none"]
+    assert evaluate._command([*asked, "--protocol", "standing"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "--protocol standing: needs gravity" in said
+    with pytest.raises(SystemExit):
+        evaluate._command(["bop", "--help"])
+    assert "arbitrary" in capsys.readouterr().out
 
 
 # --- Renders --------------------------------------------------------------------------------------------------------
 
 
 def test_meshes_are_rendered_for_each_protocol(tmp_path, estimator):
-    pytest.importorskip("trimesh")
-    import trimesh
-
-    (tmp_path / "meshes/kind").mkdir(parents=True)
-    mesh = tripod()
-    trimesh.Trimesh(mesh.vertices, mesh.faces, vertex_colors=mesh.colours, process=False).export(
-        tmp_path / "meshes/kind/tripod.ply"
-    )
+    write_mesh(tmp_path / "meshes/kind/tripod.ply", tripod())
     options = {"cache": tmp_path / "symmetry.json", "pairs": 6}
     report = evaluate.evaluate_meshes(tmp_path / "meshes", estimator, **options)
     for prior in PRIORS:
@@ -651,6 +709,44 @@ def test_meshes_are_rendered_for_each_protocol(tmp_path, estimator):
         mesh_set(tmp_path / "meshes", objects=["cat"])
     with pytest.raises(InputError, match="give a folder of meshes"):
         mesh_set(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("up", UP_AXES)
+def test_the_axis_that_is_up_can_be_said(tmp_path, up):
+    """However a mesh lies in its file, it stands as it should if one says which axis is up."""
+    stands = tripod()
+    lies = exp({"x": np.array([0, np.pi / 2, 0]), "y": np.array([-np.pi / 2, 0, 0]), "z": np.zeros(3)}[up])
+    assert lies @ UP == pytest.approx(np.eye(3)["xyz".index(up)], abs=1e-6)
+    path = tmp_path / "meshes/thing.ply"
+    write_mesh(path, stands.rotated(lies))
+    loaded = load_mesh(path, up=up)
+    assert loaded.vertices[:, 2] == pytest.approx(stands.vertices[:, 2], abs=1e-6)
+    turn = np.linalg.lstsq(stands.vertices, loaded.vertices, rcond=None)[0]
+    assert np.linalg.det(turn) == pytest.approx(1, abs=1e-4), "turned, not mirrored"
+    options = {"protocols": ("upright",), "views": 2, "references": 1, "cache": tmp_path / "symmetry.json"}
+    seen = [
+        next(iter(mesh_set(path.parent, up=said, **options).objects())).views[0].read().image for said in (up, None)
+    ]
+    assert (seen[0] == seen[1]).all() == (up == "y"), "y is what glTF says"
+
+
+def test_a_mesh_that_cannot_be_used_ends_no_run(tmp_path):
+    folder = tmp_path / "meshes/kind"
+    write_mesh(folder / "tripod.ply", tripod())
+    write_mesh(folder / "needle.ply", joined(cuboid((2.0, 2e-5, 3e-5))))
+    (folder / "broken.glb").write_bytes(b"no mesh")
+    (folder / "empty.ply").write_text("ply\nformat ascii 1.0\nelement vertex 0\nend_header\n")
+    options = {"views": 3, "references": 1, "cache": tmp_path / "symmetry.json"}
+    found = mesh_set(folder.parent, **options)
+    report = evaluate.evaluate_set(found, [NoMotion()], PRIORS)
+    assert {one.object_name for one in report.scores} == {"kind/tripod"}
+    assert {one.protocol for one in report.scores} == set(PRIORS)
+    said = json.loads(report.to_json())["skipped"]
+    assert [line.split()[0] for line in said] == ["kind/broken", "kind/empty", "kind/needle"]
+    assert "broken.glb cannot be read as a mesh" in said[0]
+    assert "hardly to be seen" in said[2]
+    alone = evaluate.evaluate_set(mesh_set(folder.parent, objects=["tripod"], **options), [NoMotion()], PRIORS)
+    assert alone.scores == report.scores
 
 
 def test_procedural_objects_are_none_that_training_drew(tmp_path):
@@ -766,15 +862,40 @@ def test_the_command(tmp_path, photos, predictor, capsys):
         str(out),
     ]
     words += ["--pairs", "3", "--objects", "tripod", "--device", "cpu", "--seed", "1", "--seed", "2", "--per-object"]
+    words += ["--refinement", "none"]
     assert evaluate.main(parser.parse_args([*words, "--pictures", str(tmp_path / "pictures")])) == 0
     values = json.loads(out.read_text())
     assert values["upright"]["all"]["pairs"] == 6
     assert values["seeds"] == [1, 2]
+    assert values["refinement"] == "none" and values["upright"]["baselines"] == {}
     assert "free" not in values
     assert "tripod" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "pictures").glob("c*.png")} == {"confidence_photos.png"}
     assert evaluate.main(parser.parse_args([*words, "--pairs", "0"])) == 2
     assert "--pairs: 0 is not positive" in capsys.readouterr().err
+
+
+def test_what_a_user_gets_wrong_is_said_in_one_line_before_the_work(tmp_path, photos, capsys):
+    (tmp_path / "file").write_text("")
+    kept = tmp_path / "kept.json"
+    kept.write_text("before")
+    for words, said in (
+        (["photos", photos, "--json", tmp_path], f"--json: {tmp_path} cannot be written"),
+        (["photos", photos, "--json", tmp_path / "file/out.json"], "cannot be written"),
+        (["identity", photos, "--json", tmp_path / "file/out.json"], "cannot be written"),
+        (["photos", photos, "--pictures", tmp_path / "file"], f"--pictures: {tmp_path / 'file'} cannot be written"),
+        (["photos", photos, "--references", 0], "--references: 0 is not positive"),
+        (["procedural", "--count", 0], "--count: 0 is not positive"),
+        (["photos", photos, "--seed", -1], "--seed: -1 is negative"),
+        (["photos", photos, "--json", kept], "nowhere"),
+        (["photos", photos, "--json", tmp_path / "new/out.json"], "nowhere"),
+    ):
+        # Weights that are not there: whatever is said before is said before the work.
+        assert evaluate._command([*map(str, words), *(["--predictor", str(tmp_path / "nowhere")])]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and error.startswith("nope-ros evaluate: ") and said in error
+    assert kept.read_text() == "before"
+    assert not (tmp_path / "new/out.json").exists()
 
 
 # --- Telling objects apart ------------------------------------------------------------------------------------------

@@ -1,14 +1,16 @@
 """Datasets in BOP layout (T-LESS, LM-O, YCB-V, ...), as their users have them on disk.
 
-    DIR/models/models_info.json (or models_eval/)        diameters and symmetries
+    DIR/models/models_info.json (or models_eval/)        diameters and symmetries (optional)
+    DIR/models/obj_<id>.ply (or models_eval/)            in millimetres; symmetry is found from it without the former
     DIR/<split>/<scene>/scene_camera.json                cam_K, and cam_R_w2c where the scene's frame is known
     DIR/<split>/<scene>/scene_gt.json                    cam_R_m2c, cam_t_m2c (mm), obj_id for each instance
     DIR/<split>/<scene>/scene_gt_info.json               visib_fract for each instance (optional)
     DIR/<split>/<scene>/rgb/ or gray/                    <image>.png, .jpg or .tif
     DIR/<split>/<scene>/mask_visib/<image>_<instance>.png
 
-Scenes are taken to have z up in their own frame, so where ``cam_R_w2c`` is given gravity is known. Under ``upright``
-and ``standing`` only pairs count in which the object stands on the same face.
+Scenes are taken to have z up in their own frame, so where ``cam_R_w2c`` is given gravity is known. Nothing in the
+layout says so: of some sets another axis is up, or none. Under ``upright`` and ``standing`` only pairs count in which
+the object stands on the same face.
 """
 
 from __future__ import annotations
@@ -19,14 +21,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nope_ros.evaluation.photos import read_frame
 from nope_ros.evaluation.protocol import REFERENCES, EvaluationObject, EvaluationSet, View, generator
-from nope_ros.evaluation.symmetry import NO_SYMMETRY, Symmetry
+from nope_ros.evaluation.symmetry import NO_SYMMETRY, Symmetry, SymmetryCache
 from nope_ros.frame import Frame, InputError
 
 Array = NDArray[np.float64]
@@ -36,7 +38,12 @@ LEAST_VISIBLE = 0.1
 REFERENCE_VISIBLE = 0.9
 """Who registers an object shows all of it."""
 
+WorldUp = Literal["none", "x", "y", "z"]
+WORLD_UP: tuple[WorldUp, ...] = ("none", "x", "y", "z")
+"""Axes of a scene's frame that may point up; "none": it is not known."""
+
 _PAIRS = 200
+_MODELS = ("models_eval", "models", "models_cad", "models_reconst")
 _SMALLEST = 8  # pixels; Frame refuses smaller masks
 _SAME_FACE = np.cos(np.radians(10))
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".bmp")
@@ -57,6 +64,8 @@ def bop_set(
     objects: Sequence[str] | None = None,
     references: int = REFERENCES,
     pairs: int | None = None,
+    world_up: WorldUp = "z",
+    cache: Path | None = None,
 ) -> EvaluationSet:
     """One split of a dataset.
 
@@ -67,29 +76,45 @@ def bop_set(
         objects: ids of those to use; all by default.
         references: of each object, at most.
         pairs: most pairs of an object; 200 by default.
+        world_up: axis of the scenes' frame that points up; "none": gravity is not known, and only ``free`` has pairs.
+        cache: file of symmetries found before.
 
     Raises:
-        InputError: if the layout is another one.
+        InputError: if the layout is another one, or an object that is named is not there.
     """
     scenes = sorted(path.parent for path in (folder / split).glob("*/scene_gt.json"))
     if not scenes:
         present = sorted({path.parent.parent.name for path in folder.glob("*/*/scene_gt.json")})
         advice = f"its splits are {', '.join(present)}" if present else "give a dataset in BOP layout"
         raise InputError(f"bop: {folder / split} holds no <scene>/scene_gt.json; {advice}")
-    symmetries = _read_symmetries(folder)
+    marked = _read_symmetries(folder)
     by_object: dict[int, list[_Instance]] = defaultdict(list)
     for scene in scenes:
-        for instance in _read_scene(scene):
+        for instance in _read_scene(scene, world_up):
             by_object[instance.object_id].append(instance)
-    chosen = sorted(by_object) if objects is None else [int(name) for name in objects]
-    missing = [str(number) for number in chosen if number not in by_object]
+    known = {str(number): number for number in sorted(by_object)}
+    ids = list(known) if objects is None else [name.strip().lstrip("0") or "0" for name in objects]
+    missing = [name for name in ids if name not in known]
     if missing:
-        raise InputError(f"bop: {folder / split} shows no object {', '.join(missing)}")
+        raise InputError(f"bop: {folder / split} shows no object {', '.join(missing)}; its ids are {', '.join(known)}")
+    chosen = [known[name] for name in ids]
 
     def load() -> Iterator[EvaluationObject]:
         for number in chosen:
             found = by_object[number]
-            symmetry = symmetries.get(number, NO_SYMMETRY)
+            symmetry = NO_SYMMETRY
+            if marked is not None:
+                symmetry = marked.get(number, NO_SYMMETRY)
+            elif (model := _model(folder, number)) is not None:
+                # These need numba, which whoever has a models_info.json can do without.
+                from nope_ros.evaluation.meshes import unusable, usable_mesh
+
+                try:
+                    mesh = usable_mesh(model, up="z")  # "z": as it is
+                except InputError as error:
+                    yield unusable(f"{number:06d}", InputError(f"{error}; no symmetry is taken"), ("free",))
+                else:
+                    symmetry = SymmetryCache(cache).find(mesh.normalised()[0])
             yield from _compared(f"{number:06d}", found, symmetry, seed, references, pairs or _PAIRS)
 
     return EvaluationSet("bop", f"{folder} {split}", 2 * len(chosen), load)
@@ -136,23 +161,36 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read_symmetries(folder: Path) -> dict[int, Symmetry]:
-    for name in ("models_eval", "models", "models_cad", "models_reconst"):
+def _read_symmetries(folder: Path) -> dict[int, Symmetry] | None:
+    """Of each object, as ``models_info.json`` marks them, or None if there is no such file."""
+    for name in _MODELS:
         path = folder / name / "models_info.json"
         if path.is_file():
-            return {int(number): Symmetry.from_bop(info) for number, info in _read_json(path).items()}
-    return {}
+            content = _read_json(path)
+            try:
+                return {int(number): Symmetry.from_bop(info) for number, info in content.items()}
+            except (KeyError, ValueError, TypeError, AttributeError) as error:
+                raise InputError(f"bop: {path} is not as expected ({type(error).__name__}: {error})") from error
+    return None
 
 
-def _read_scene(scene: Path) -> Iterator[_Instance]:
+def _model(folder: Path, number: int) -> Path | None:
+    # Models made for evaluation may have lost their colour, which breaks symmetries: they come last.
+    paths = (folder / name / f"obj_{number:06d}.ply" for name in (*_MODELS[1:], _MODELS[0]))
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _read_scene(scene: Path, world_up: WorldUp) -> Iterator[_Instance]:
     cameras, truth = _read_json(scene / "scene_camera.json"), _read_json(scene / "scene_gt.json")
     info = _read_json(scene / "scene_gt_info.json") if (scene / "scene_gt_info.json").is_file() else {}
     try:
         for image, instances in truth.items():
             camera = cameras[image]
             K = np.array(camera["cam_K"], dtype=np.float64).reshape(3, 3)
-            world = camera.get("cam_R_w2c")
-            gravity = None if world is None else -np.array(world, dtype=np.float64).reshape(3, 3)[:, 2]
+            world = None if world_up == "none" else camera.get("cam_R_w2c")
+            gravity = None
+            if world is not None:
+                gravity = -np.array(world, dtype=np.float64).reshape(3, 3)[:, "xyz".index(world_up)]
             for number, instance in enumerate(instances):
                 details = info.get(image, [{}] * len(instances))[number]
                 visible = float(details.get("visib_fract", 1.0))

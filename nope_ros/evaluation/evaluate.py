@@ -37,6 +37,7 @@ from nope_ros.evaluation.baselines import (
     SiftEssential,
     TemplatesAlone,
 )
+from nope_ros.evaluation.bop import WORLD_UP, WorldUp, bop_set
 from nope_ros.evaluation.identity import IdentityReport
 from nope_ros.evaluation.metrics import PairScore, Scores, calibration
 from nope_ros.evaluation.protocol import (
@@ -119,7 +120,7 @@ class Report:
         seeds: of everything that was drawn.
         occlusion: share of the queries' boxes that was hidden.
         scores: every pair under every protocol by every method.
-        skipped: images that could not be used, and why.
+        skipped: images and meshes that could not be used, and why.
     """
 
     kind: str
@@ -452,12 +453,13 @@ def evaluate_meshes(
     occlusion: float = 0.0,
     baselines: bool = False,
     cache: Path | None = None,
+    up: str | None = None,
     progress: bool = False,
 ) -> Report:
-    """Evaluate on renders of meshes; as ``evaluate_photos``, and ``cache`` is the file of known symmetries."""
+    """Evaluate on renders of meshes; as ``evaluate_photos``, and ``cache`` and ``up`` are as of ``mesh_set``."""
     from nope_ros.evaluation.meshes import mesh_set
 
-    found = mesh_set(Path(folder), seed, protocols=protocols, objects=objects, pairs=pairs, cache=cache)
+    found = mesh_set(Path(folder), seed, protocols=protocols, objects=objects, pairs=pairs, cache=cache, up=up)
     return _evaluated(found, estimator, protocols, seed, occlusion, baselines, progress)
 
 
@@ -492,12 +494,24 @@ def evaluate_bop(
     pairs: int | None = None,
     occlusion: float = 0.0,
     baselines: bool = False,
+    world_up: WorldUp = "z",
+    cache: Path | None = None,
     progress: bool = False,
 ) -> Report:
-    """Evaluate on a split of a dataset in BOP layout; other arguments as of ``evaluate_photos``."""
-    from nope_ros.evaluation.bop import bop_set
+    """Evaluate on a split of a dataset in BOP layout.
 
-    found = bop_set(Path(folder), split, seed, objects=objects, references=references, pairs=pairs)
+    ``world_up`` and ``cache`` are as of ``bop_set``, other arguments as of ``evaluate_photos``.
+    """
+    found = bop_set(
+        Path(folder),
+        split,
+        seed,
+        objects=objects,
+        references=references,
+        pairs=pairs,
+        world_up=world_up,
+        cache=cache,
+    )
     return _evaluated(found, estimator, protocols, seed, occlusion, baselines, progress)
 
 
@@ -522,6 +536,12 @@ def _evaluated(
     )
 
 
+_BOP = """A dataset in BOP layout. The protocols upright and standing need gravity: it is against the world's z where
+scene_camera.json has cam_R_w2c. Nothing in the layout says that z is up, and of some real sets the world's frame is
+arbitrary: figures of these protocols then mean nothing, and leave no trace of it. Look at how the scenes' frame was
+chosen; --world-up names another axis, or none."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``nope-ros evaluate``."""
     kinds = parser.add_subparsers(
@@ -531,11 +551,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     photos.add_argument("dir", type=Path, metavar="DIR", help="folder that holds the objects' folders")
     meshes = kinds.add_parser("meshes", help="renders of the meshes in a folder")
     meshes.add_argument("dir", type=Path, metavar="DIR", help="folder of .glb, .obj, .ply or .stl files")
+    meshes.add_argument("--up", choices=("x", "y", "z"), help="axis that points up in the files (y)")
     procedural = kinds.add_parser("procedural", help="renders of procedural objects that training never drew")
     procedural.add_argument("--count", type=int, default=60, help="number of objects (%(default)s)")
-    bop = kinds.add_parser("bop", help="a dataset in BOP layout")
+    bop = kinds.add_parser("bop", help="a dataset in BOP layout", description=_BOP)
     bop.add_argument("dir", type=Path, metavar="DIR", help="folder of the dataset")
     bop.add_argument("--split", required=True, help="folder of scenes in it, such as test")
+    bop.add_argument(
+        "--world-up",
+        choices=WORLD_UP,
+        default="z",
+        help="axis of the scenes' frame that points up; none: unknown, which leaves the protocol free (%(default)s)",
+    )
     video = kinds.add_parser("video", help="a walk around each object against one reference, on photographs or meshes")
     video.add_argument("dir", type=Path, metavar="DIR", help="as of photos, or of meshes")
     add_walk_arguments(video)
@@ -579,7 +606,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             )
         if kind in (photos, bop):
             kind.add_argument("--references", type=int, default=REFERENCES, help="of each object (%(default)s)")
-        if kind in (meshes, procedural):
+        if kind is not photos:
             kind.add_argument("--cache", type=Path, help="file of known symmetries; by default the user's")
 
 
@@ -659,16 +686,14 @@ def _sets(args: argparse.Namespace, protocols: Sequence[Prior]) -> list[tuple[in
             options = {"objects": args.objects, "references": args.references, "pairs": args.pairs}
             found = photo_set(args.dir, seed, **options)
         elif args.kind == "bop":
-            from nope_ros.evaluation.bop import bop_set
-
             options = {"objects": args.objects, "references": args.references, "pairs": args.pairs}
-            found = bop_set(args.dir, args.split, seed, **options)
+            found = bop_set(args.dir, args.split, seed, world_up=args.world_up, cache=args.cache, **options)
         else:
             from nope_ros.evaluation.meshes import mesh_set, procedural_set
 
             options = {"protocols": protocols, "pairs": args.pairs, "cache": args.cache}
             if args.kind == "meshes":
-                found = mesh_set(args.dir, seed, objects=args.objects, **options)
+                found = mesh_set(args.dir, seed, objects=args.objects, up=args.up, **options)
             else:
                 found = procedural_set(seed, count=args.count, **options)
         sets.append((seed, found))
@@ -683,8 +708,14 @@ def run(args: argparse.Namespace, progress: bool = True) -> tuple[Report, Evalua
     """
     asked = args.protocol or ["all"]
     protocols = tuple(prior for prior in PRIORS if prior in asked or "all" in asked)
-    if args.pairs is not None and args.pairs < 1:
-        raise InputError(f"--pairs: {args.pairs} is not positive")
+    for name in ("pairs", "references", "count"):
+        value = getattr(args, name, None)
+        if value is not None and value < 1:
+            raise InputError(f"--{name}: {value} is not positive")
+    if args.kind == "bop" and args.world_up == "none":
+        unknown = [prior for prior in asked if prior not in ("free", "all")]
+        if unknown:
+            raise InputError(f"--protocol {unknown[0]}: needs gravity, which is unknown with --world-up none; use free")
     sets = _sets(args, protocols)
     estimator = PoseEstimator.from_pretrained(args.predictor, device=args.device, refinement=args.refinement)
     trained = trained_baselines(args.regression_weights, args.unet_weights, args.device)
@@ -710,6 +741,7 @@ def main(args: argparse.Namespace) -> int:
     # Figures cut off at a narrow terminal's edge would be of no use.
     console.width = max(console.width, _TABLE_WIDTH)
     try:
+        _check_options(args)
         if args.kind == "video":
             return _main_walks(args, console)
         if args.kind == "align":
@@ -728,7 +760,8 @@ def main(args: argparse.Namespace) -> int:
             if getattr(args, option[2:].replace("-", "_")) is None:
                 console.print(f"not compared: {name}, which has to be trained; give {option} DIR", style="yellow")
     if not report.scores:
-        console.print("nothing was evaluated: the set has no pairs for these protocols", style="red")
+        why = "nothing in the set could be used" if report.skipped else "the set has no pairs for these protocols"
+        console.print(f"nothing was evaluated: {why}", style="red")
         return 1
     _write(report, args.json)
     if args.pictures is not None:
@@ -737,6 +770,30 @@ def main(args: argparse.Namespace) -> int:
         for path in write_pictures(report, args.pictures, evaluation_set):
             console.print(f"wrote {path}", highlight=False)
     return 0
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    """What every kind has: seeds, and where results go, before hours of work for them.
+
+    Raises:
+        InputError: naming the option.
+    """
+    seeds = args.seed if isinstance(args.seed, list) else [args.seed or 0]
+    if min(seeds) < 0:
+        raise InputError(f"--seed: {min(seeds)} is negative")
+    folder = getattr(args, "pictures", None)
+    for option, path in (("--json", args.json), ("--pictures", None if folder is None else folder / ".writable")):
+        if path is None:
+            continue
+        try:
+            existed = path.exists()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.open("a").close()
+            if not existed:
+                path.unlink()
+        except OSError as error:
+            where = path if option == "--json" else folder
+            raise InputError(f"{option}: {where} cannot be written ({error.strerror}); name another place") from None
 
 
 def _main_walks(args: argparse.Namespace, console: Console) -> int:

@@ -55,8 +55,11 @@ def mesh_set(
     pairs: int | None = None,
     cache: Path | None = None,
     depth: bool = False,
+    up: str | None = None,
 ) -> EvaluationSet:
     """Renders of the meshes in a folder and its subfolders.
+
+    A mesh that cannot be used is an object whose views cannot be read, so that whoever evaluates the set names it.
 
     Args:
         folder: with files that trimesh reads.
@@ -68,6 +71,7 @@ def mesh_set(
         pairs: most pairs of an object.
         cache: file of symmetries found before.
         depth: whether frames hold the depth that a depth camera would have measured.
+        up: axis that points up in all the files, of ``training.mesh.UP_AXES``; by default as their folders say.
 
     Raises:
         InputError: if there are no meshes, or one named is missing.
@@ -84,7 +88,7 @@ def mesh_set(
         if missing:
             raise InputError(f"meshes: {folder} has no object {', '.join(missing)}; it has {', '.join(paths)}")
         paths = {key: path for key, path in paths.items() if any(_is_named(key, name) for name in objects)}
-    sources = {name: partial(load_mesh, path) for name, path in paths.items()}
+    sources = {name: partial(usable_mesh, path, up) for name, path in paths.items()}
     load = partial(_objects, sources, seed, tuple(protocols), references, views, pairs, SymmetryCache(cache), depth)
     return EvaluationSet("meshes", str(folder), len(sources) * len(_groups(tuple(protocols))), load)
 
@@ -130,18 +134,50 @@ def _objects(
     depth: bool,
 ) -> Iterator[EvaluationObject]:
     for name, load in sources.items():
-        mesh = load().normalised()[0]
+        try:
+            mesh = load().normalised()[0]
+        except InputError as error:
+            yield from (unusable(name, error, group) for group in _groups(protocols))
+            continue
         symmetry = cache.find(mesh)
         finish = random_finish(generator(seed, name, "finish"))
         for group in _groups(protocols):
             kind = "free" if group == ("free",) else "level"
-            yield EvaluationObject(
-                name,
-                tuple(_view(mesh, finish, seed, name, kind, number, depth) for number in range(views)),
-                draw_pairs(views, seed, f"{name}/{kind}", references, pairs),
-                group,
-                symmetry,
-            )
+            try:
+                seen = tuple(_view(mesh, finish, seed, name, kind, number, depth) for number in range(views))
+            except InputError as error:
+                yield unusable(name, error, group)
+                continue
+            drawn = draw_pairs(views, seed, f"{name}/{kind}", references, pairs)
+            yield EvaluationObject(name, seen, drawn, group, symmetry)
+
+
+def usable_mesh(path: Path, up: str | None = None) -> Mesh:
+    """A mesh from a file, z up; ``up`` as of ``load_mesh``.
+
+    Raises:
+        InputError: if it cannot be read, or has no surface.
+    """
+    try:
+        mesh = load_mesh(path, up=up)
+    except ModuleNotFoundError:
+        raise  # no fault of the file's
+    except Exception as error:  # trimesh has one for each format
+        what = " ".join(f"{type(error).__name__}: {error}".split())  # one line
+        raise InputError(f"{path} cannot be read as a mesh ({what})") from None
+    if len(mesh.faces) == 0 or not np.isfinite(mesh.vertices).all():
+        raise InputError(f"{path} holds no triangles, or coordinates that are not finite")
+    return mesh
+
+
+def unusable(name: str, error: InputError, protocols: tuple[Prior, ...]) -> EvaluationObject:
+    """An object whose views cannot be read, for the reason that is given: as with a photograph, that ends no run."""
+
+    def read() -> Frame:
+        raise error
+
+    view = View("mesh", np.eye(3), np.array([0.0, 0.0, 1.0]), np.array([0.0, 0.0, -1.0]), read)
+    return EvaluationObject(name, (view, view), ((0, 1),), protocols)
 
 
 def _view(mesh: Mesh, finish: Finish, seed: int, name: str, kind: str, number: int, depth: bool) -> View:
@@ -155,7 +191,7 @@ def _view(mesh: Mesh, finish: Finish, seed: int, name: str, kind: str, number: i
             continue
         read = partial(_photograph, mesh, finish, R, t, K, light_seed, depth)
         return View(f"{kind}/{number}", R, t * (RADIUS_WITH_DEPTH if depth else 1.0), -R[:, 2], read)
-    raise InputError(f"{name}: is hardly to be seen from anywhere; is the mesh empty, or a line?")
+    raise InputError("is hardly to be seen from anywhere; is the mesh empty, or a line?")
 
 
 def random_camera(rng: Generator, *, level: bool) -> tuple[Array, Array, Array]:

@@ -92,16 +92,17 @@ def _read_object(folder: Path, name: str, seed: int, references: int, pairs: int
     path = folder / _POSES
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        up = None if content.get("up") is None else np.array(content["up"], dtype=np.float64)
+        up = None if content.get("up") is None else np.array(content["up"], dtype=np.float64).reshape(3)
         views = tuple(_view(folder, image, up) for image in content["images"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        symmetry = Symmetry.from_bop(content)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"photos: {path} is not as expected ({type(error).__name__}: {error})") from error
     return EvaluationObject(
         name,
         views,
         draw_pairs(len(views), seed, name, references, pairs),
         PRIORS if up is not None else ("free",),
-        Symmetry.from_bop(content),
+        symmetry,
     )
 
 

@@ -18,6 +18,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from nope_ros.frame import InputError
 from nope_ros.rotations import exp, geodesic_distance, icosphere, log, look_at
 
 if TYPE_CHECKING:  # renders need numba, which only those who train or evaluate meshes have
@@ -277,17 +278,24 @@ class SymmetryCache:
         self.path = path
 
     def find(self, mesh: Mesh) -> Symmetry:
-        """The symmetry of a mesh, found now or before."""
+        """The symmetry of a mesh, found now or before.
+
+        Raises:
+            InputError: if what was found cannot be kept.
+        """
         key = _fingerprint(mesh)
         known = self._read()
         if key not in known:
             # Read again after the search: others may have written meanwhile.
             symmetry = find_symmetry(mesh).to_dict()
             known = {**self._read(), key: {"name": mesh.name, **symmetry}}
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-            unfinished.write_text(json.dumps(known, indent=1), encoding="utf-8")
-            os.replace(unfinished, self.path)
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                unfinished = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+                unfinished.write_text(json.dumps(known, indent=1), encoding="utf-8")
+                os.replace(unfinished, self.path)
+            except OSError as error:
+                raise InputError(f"--cache: {self.path} cannot be written ({error.strerror}); name another") from None
         return Symmetry.from_dict(known[key])
 
     def _read(self) -> dict[str, Any]:

@@ -108,10 +108,18 @@ def make_mesh(
     )
 
 
+_TO_Z_UP = {
+    "x": [[0, 1, 0], [0, 0, 1], [1, 0, 0]],  # x → z, y → x, z → y
+    "y": [[1, 0, 0], [0, 0, -1], [0, 1, 0]],  # y → z, z → −y
+    "z": None,
+}
+UP_AXES = tuple(_TO_Z_UP)
+
+
 def load_mesh(path: str | Path, *, up: str | None = None) -> Mesh:
     """Reads any file trimesh can read and turns it z up.
 
-    up: axis that points up in the file ("y" or "z"); by default `SOURCE_UP_AXIS` of the file's folder decides.
+    up: axis that points up in the file, of `UP_AXES`; by default `SOURCE_UP_AXIS` of the file's folder decides.
     """
     import trimesh  # here, so that renders of procedural objects do not need it
 
@@ -121,11 +129,10 @@ def load_mesh(path: str | Path, *, up: str | None = None) -> Mesh:
     mesh = make_mesh(loaded.vertices, loaded.faces, uv=uv, texture=texture, colours=colours, name=path.stem)
     axis = up or SOURCE_UP_AXIS.get(f"{path.parent.name}/{path.stem}")
     axis = axis or SOURCE_UP_AXIS.get(path.parent.name, UP_AXIS_DEFAULT)
-    if axis == "z":
-        return mesh
-    if axis != "y":
-        raise ValueError(f"{path}: up axis is {axis!r}; give 'y' or 'z'")
-    return mesh.rotated(np.array([[1, 0, 0], [0, 0, -1], [0, 1, 0]]))  # y → z, z → −y
+    if axis not in _TO_Z_UP:
+        raise ValueError(f"{path}: up axis is {axis!r}; give one of {', '.join(UP_AXES)}")
+    turn = _TO_Z_UP[axis]
+    return mesh if turn is None else mesh.rotated(np.array(turn))
 
 
 def _appearance(
