@@ -11,12 +11,13 @@ latent that turns is one product over all rotations.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from nope_ros.crop import FILL, Crop
 from nope_ros.estimator import RegisteredObject
 from nope_ros.features import FeatureExtractor
 from nope_ros.frame import InputError
@@ -26,7 +27,7 @@ from nope_ros.match import common_latents, free_turns
 from nope_ros.models.rotated_latent import as_template, correlation, flatten_d
 from nope_ros.prior import free_rotations
 from nope_ros.rotations import exp
-from nope_ros.video import HULL_DIRECTIONS
+from nope_ros.video import HULL_DIRECTIONS, View, hull_pixels, outline_radii
 
 Array = NDArray[np.float64]
 
@@ -273,3 +274,60 @@ def _umeyama(source: Array, target: Array) -> tuple[float, Array, Array] | None:
     if scale <= 0:
         return None
     return scale, R, target.mean(axis=0) - scale * R @ source.mean(axis=0)
+
+
+def in_frame_of_a(b: RegisteredObject, found: Alignment, object_id: str) -> RegisteredObject:
+    """Object b once more, its poses being of the frame of a, in which it lies over a.
+
+    Lengths stay b's own: of the similarity x_a = scale · R x_b + t, x_a / scale = R x_b + t / scale is taken over.
+
+    Args:
+        b: registered from a walk.
+        found: what lays it over a.
+        object_id: of the result.
+
+    Raises:
+        InputError: if it was registered before all that this takes was kept.
+    """
+    keyframes, reference = b.keyframes, b.reference
+    sides = None if keyframes is None else keyframes.sides
+    if keyframes is None or sides is None:
+        raise InputError(f"'{b.object_id}' was registered before the sides of a walk were kept; register it again")
+    R_b_new, shift = found.R.T, found.t / found.scale  # x_new = R x_b + shift
+    R_virtual_object = keyframes.R_virtual_object @ R_b_new
+    offset_object = sides.offset_object @ found.R.T - shift
+    # The hull is measured anew from the new origin, each keyframe's virtual camera taken for the real one.
+    t_virtual_object = np.einsum("kij,kj->ki", R_virtual_object, offset_object)
+    t_virtual_object[:, 2] += sides.distance
+    views = [_view(crop, radius) for crop, radius in zip(sides.crops, sides.angular_radius, strict=True)]
+    hull = outline_radii(views, R_virtual_object, t_virtual_object)
+    R_camera_object = reference.R_camera_object @ R_b_new
+    return replace(
+        b,
+        object_id=object_id,
+        reference=replace(
+            reference,
+            R_camera_object=R_camera_object,
+            t_camera_object=reference.t_camera_object - R_camera_object @ shift,
+            offset_object=found.R @ reference.offset_object - shift,
+        ),
+        keyframes=replace(
+            keyframes,
+            R_virtual_object=R_virtual_object,
+            R_camera_object=keyframes.R_camera_object @ R_b_new,
+            R_fixed_object=keyframes.R_fixed_object @ R_b_new,
+            t_fixed_object=keyframes.t_fixed_object - keyframes.R_fixed_object @ R_b_new @ shift,
+            hull=hull,
+            seen_at=hull_pixels(views, R_virtual_object, t_virtual_object, hull),
+            offset_object=offset_object,
+        ),
+    )
+
+
+def _view(crop: NDArray[np.uint8], angular_radius: float) -> View:
+    """A keyframe's crop (S, S, 4), seen by a camera that looks straight at it."""
+    size = crop.shape[0]
+    focal, middle = FILL * size / 2 / angular_radius, (size - 1) / 2
+    K = np.array([[focal, 0.0, middle], [0.0, focal, middle], [0.0, 0.0, 1.0]])
+    image, mask = crop[..., :3], crop[..., 3]
+    return View("", Crop(image, mask, np.eye(3), K, float(angular_radius), size / 2, roll_known=True), np.inf)

@@ -1,4 +1,4 @@
-"""Every picture: axes over a frame, the pose distribution on a globe, panels and contact sheets.
+"""Every picture: axes over a frame, the pose distribution on a globe, panels and contact sheets, aligned pairs.
 
 All images are RGB uint8 (H, W, 3). Nothing is changed in place.
 
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import cv2
 import numpy as np
@@ -23,8 +23,13 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy.spatial import cKDTree
 
 from nope_ros.distribution import Ambiguity
+from nope_ros.frame import InputError
 from nope_ros.pose import PoseEstimate
 from nope_ros.rotations import icosphere, look_at, turn_to
+
+if TYPE_CHECKING:
+    from nope_ros.align import Alignment, Surface
+    from nope_ros.estimator import RegisteredObject
 
 Array = NDArray[np.float64]
 Picture = NDArray[np.uint8]
@@ -813,3 +818,66 @@ def _text(
     alpha = glyphs[inside].astype(np.float32)[..., None] / 255
     part += (np.array(colour, np.float32) - part) * alpha
     canvas[y0:y1, x0:x1] = part.astype(np.uint8)
+
+
+def on_white(registered: RegisteredObject) -> NDArray[np.uint8]:
+    """The reference (S, S, 3) RGB before white."""
+    white: NDArray[np.uint8] = np.maximum(registered.thumbnail, 255 - registered.mask[..., None])
+    return white
+
+
+def draw_pair(
+    a: Surface, b: Surface, found: Alignment, path: Path, shown: Sequence[tuple[str, NDArray[np.uint8]]]
+) -> None:
+    """Both objects as points, of one colour where their features are alike, and one over the other.
+
+    Args:
+        a: stays where it is.
+        b: is moved.
+        found: how.
+        path: of the picture.
+        shown: of a and of b: name, and a picture of it (S, S, 3), RGB.
+
+    Raises:
+        InputError: if the picture cannot be written.
+    """
+    # It takes a second to import, which no overlay needs.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    moved = found.scale * b.points @ found.R.T + found.t
+    # One feature of each place: of the first view that sees it.
+    first_a, first_b = (one.features[np.arange(len(one.points)), one.seen.argmax(axis=1)] for one in (a, b))
+    features = np.concatenate([first_a, first_b])
+    basis = np.linalg.svd(features - features.mean(axis=0), full_matrices=False)[2][:3]
+    colours = features @ basis.T
+    low, high = np.percentile(colours, [2, 98], axis=0)
+    colours = np.clip((colours - low) / (high - low), 0, 1)
+    colour_a, colour_b = colours[: len(a.points)], colours[len(a.points) :]
+    figure = Figure(figsize=(13, 4))
+    FigureCanvasAgg(figure)
+    grid = figure.add_gridspec(2, 4, width_ratios=(0.5, 1, 1, 1))
+    for row, (name, picture) in enumerate(shown):
+        axes = figure.add_subplot(grid[row, 0])
+        axes.imshow(picture)
+        axes.set_title(name, fontsize=9)
+        axes.set_axis_off()
+    parts = (
+        (shown[0][0], [(a.points, colour_a, "o")]),
+        (f"{shown[1][0]}, aligned", [(moved, colour_b, "^")]),
+        (f"both: {found.score:.2f}", [(a.points, "tab:blue", "o"), (moved, "tab:orange", "^")]),
+    )
+    reach = float(np.abs(np.concatenate([a.points, moved])).max())
+    for index, (title, clouds) in enumerate(parts):
+        axes = figure.add_subplot(grid[:, index + 1], projection="3d")
+        for points, colour, marker in clouds:
+            axes.scatter(*points.T, c=colour, marker=marker, s=18, depthshade=False)
+        axes.set_title(title)
+        axes.set_box_aspect((1, 1, 1), zoom=1.1)
+        axes.set(xlim=(-reach, reach), ylim=(-reach, reach), zlim=(-reach, reach))
+        axes.set(xticklabels=[], yticklabels=[], zticklabels=[])
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=110, bbox_inches="tight")
+    except (OSError, ValueError) as error:  # of a kind of picture that is unknown
+        raise InputError(f"picture: {path} cannot be written ({error}); name a .png elsewhere") from None

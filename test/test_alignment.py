@@ -50,11 +50,32 @@ def test_things_are_of_a_kind_by_name(folder):
 
 def test_pairs_are_registered_aligned_and_held_against_their_makers_axes(folder, tmp_path):
     estimator = PoseEstimator.from_pretrained(device="cpu")
-    report = evaluate_alignment(folder, estimator, views=8, cache=tmp_path / "symmetry.json")
+    report = evaluate_alignment(folder, estimator, views=8, cache=tmp_path / "symmetry.json", pictures=tmp_path / "out")
+    assert [one.name for one in (tmp_path / "out").iterdir()] == [
+        "kaykit_furniture_chair_A_kaykit_furniture_chair_B.png"
+    ]
     assert [len(report.errors("one kind", arm)) for arm in ("ours", "published, no cycles", "random")] == [1, 1, 1]
     assert len(report.errors("one object", "ours")) == 2
     assert np.median(report.errors("one object", "ours")) < 30
     assert json.loads(report.to_json())["features"] == "latents"
+
+
+def test_of_no_known_kind_recordings_of_one_object_and_different_objects_are_compared(folder, tmp_path):
+    (tmp_path / "garden").mkdir()
+    for name, mesh in (("spade", seat(1.0, [180, 60, 60, 255])), ("bench", seat(0.4, [40, 160, 60, 255]))):
+        mesh.export(tmp_path / "garden" / f"{name}.glb")
+    assert kinds_of(tmp_path) == {"": ["garden/bench", "garden/spade"]}
+    with pytest.raises(InputError, match="no two objects"):
+        kinds_of(tmp_path, ["chair"])
+    estimator = PoseEstimator.from_pretrained(device="cpu")
+    report = evaluate_alignment(tmp_path, estimator, views=8, gate=0.1, cache=tmp_path / "symmetry.json")
+    assert {one.relation for one in report.results} == {"one object", "different objects"}
+    assert len(report.errors("one object", "ours")) == 2 and len(report.scores("different objects")) == 1
+    assert report.calibrated_gate() == pytest.approx(report.scores("different objects")[0] + 1e-3)
+    values = json.loads(report.to_json())
+    assert values["one object"]["ours"]["pairs"] == 2 and values["one kind"] == {} and "gains" not in values
+    assert values["gates"]["asked"]["different objects"] == 100 and values["gates"]["asked"]["different kinds"] is None
+    assert [column.header for column in report.tables()[1].columns] == ["gate", "different objects", "one object"]
 
 
 def test_errors_are_of_rotations_between_sources_and_modulo_either_symmetry():

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -157,6 +158,92 @@ def test_bad_folders_are_refused_with_a_reason(tmp_path, poses):
             list(open_recording(tmp_path))
     with pytest.raises(InputError, match="reference: 7"):
         open_recording(tmp_path, reference=7)
+
+
+def write_folder_with_depth(folder, poses, unit=1.0):
+    """A walk whose poses are in some unit, and whose depth is the object's distance all over, as PNG in millimetres."""
+    (folder / "depth").mkdir()
+
+    def change(entry):
+        distance = np.linalg.norm(entry["t"])
+        entry["depth"] = f"depth/{Path(entry['file']).stem}.png"
+        millimetres = np.full((480, 640), round(1000 * distance), np.uint16)
+        millimetres[:40] = 0  # the sensor saw nothing there
+        cv2.imwrite(str(folder / entry["depth"]), millimetres)
+        entry["t"] = [unit * one for one in entry["t"]]
+
+    write_folder(folder, {**poses, "images": poses["images"][::9]}, change, count=10)
+
+
+def test_depth_of_a_folder_is_metres(tmp_path, poses):
+    write_folder_with_depth(tmp_path, poses)
+    for moment in open_recording(tmp_path):
+        assert moment.depth.shape == moment.mask.shape and not moment.depth[:40].any()
+        assert moment.depth[100, 100] == pytest.approx(np.linalg.norm(moment.truth.t_camera_object), abs=6e-4)
+    assert next(iter(open_recording(SEQUENCE))).depth is None
+    cv2.imwrite(str(tmp_path / "grey.png"), np.full((480, 640), 7, np.uint8))
+    write_folder(tmp_path, poses, lambda entry: entry.update(depth="grey.png"))
+    with pytest.raises(InputError, match="16 bits and one channel"):
+        list(open_recording(tmp_path))
+
+
+def test_depth_of_a_walk_gives_metres_where_its_poses_do_not(tmp_path, poses, capsys):
+    from nope_ros.cli import main
+    from nope_ros.estimator import PoseEstimator
+    from nope_ros.store import ObjectStore
+
+    write_folder_with_depth(tmp_path, poses, unit=7.0)
+    words = ["register", "lorry", "--folder", str(tmp_path), "--store", str(tmp_path), "--device", "cpu"]
+    assert main([*words, "--not-metric"]) == 0
+    assert "lengths: metres, by depth" in capsys.readouterr().out
+    (lorry,) = ObjectStore(tmp_path).load_all(PoseEstimator.from_pretrained(device="cpu").predictor).objects
+    true = np.linalg.norm(poses["images"][0]["t"])
+    assert lorry.metric
+    # The flat depth lies at the centre, and half a radius in front of it is where a surface is expected.
+    assert lorry.reference.distance == pytest.approx(true, rel=0.15)
+    assert main([*words, "--reference-distance", "0.5"]) == 2
+    assert "--reference-distance: the camera poses are in metres already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--folder", "walk", "--fixed-frame", "map"], "--fixed-frame does not go with --folder, only with --bag"),
+        (["--video", "w.mp4", "--fixed-frame", "map"], "--fixed-frame does not go with --video"),
+        (["--bag", "w.mcap", "--fixed-frame", "map", "--poses", "none"], "--fixed-frame takes camera poses from TF"),
+        (["--bag", "w.mcap", "--fixed-frame", "map", "--poses", "tum.txt"], "--poses tum.txt does not; give one"),
+        (["--bag", "w.mcap", "--poses", "walk/poses.json"], "a bag has stamps"),
+        (["--bag", "w.mcap", "--masks", "m.mp4"], "--masks does not go with --bag, only with --video"),
+        (["--folder", "walk", "--camera", "c.yaml"], "--camera does not go with --folder"),
+        (["--folder", "walk", "--up", "z"], "--up does not go with --folder, only with --mesh"),
+        (["--bag", "w.mcap", "--ordered"], "--ordered does not go with --bag, only with --folder"),
+        (["--folder", "walk", "--instance", "2"], "--instance does not go with --folder"),
+        (["--folder", "walk", "--depth-topic", "/d"], "--depth-topic does not go with --folder"),
+        (["--folder", "walk", "--imu-topic", "/imu"], "--imu-topic does not go with --folder"),
+        (["--mesh", "m.glb", "--poses", "p.txt"], "--poses does not go with --mesh, only with --folder or --bag"),
+        (["--mesh", "m.glb", "--reference-distance", "1"], "--reference-distance does not go with --mesh"),
+        (["--mesh", "m.glb", "--keyframes", "8"], "--keyframes does not go with --mesh"),
+        (["--mesh", "m.glb", "--z-up"], "--z-up does not go with --mesh"),
+        (["--folder", "walk", "--poses", "none", "--z-up"], "--z-up is about camera poses, and there are none"),
+        (["--bag", "w.mcap", "--not-metric"], "--not-metric is about camera poses, and there are none"),
+    ],
+)
+def test_register_refuses_options_of_another_source(words, said, tmp_path, capsys):
+    from nope_ros.cli import main
+
+    assert main(["register", "mug", *words, "--store", str(tmp_path / "store")]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_folder_without_its_poses_has_no_gravity_either(poses):
+    from nope_ros.demo.register import Source
+
+    assert all(view.pose is not None and view.gravity_camera is not None for view in Source(SEQUENCE).walk(32).views)
+    without = Source(SEQUENCE, poses="none").walk(32)
+    assert len(without.views) == len(poses["images"]) and not without.ordered
+    assert all(view.pose is None and view.gravity_camera is None for view in without.views)
+    assert Source(SEQUENCE, ordered=True).walk(32).ordered
 
 
 def test_topics_of_a_bag_are_found_or_asked_for():
@@ -351,10 +438,15 @@ def test_demo_runs_the_node_on_the_bundled_sequence(ros, untrained, tmp_path):
     assert summary["within_90"]["translation_error_relative_median"] < 0.1
 
 
-def write_bag(path, moments, gravity):
-    """A bag as a robot would record it, masks one frame late."""
-    from geometry_msgs.msg import TransformStamped
+def write_bag(path, moments, gravity, depth=None, imu=False):
+    """A bag as a robot would record it, masks one frame late.
+
+    Depth is in the image's frame, later than the mask, and lacks that of the second image; depth of a camera beside it
+    is there too. The accelerometer feels what gravity says, in the camera's frame.
+    """
+    from geometry_msgs.msg import TransformStamped, Vector3
     from rclpy.serialization import serialize_message
+    from sensor_msgs.msg import Imu
     from tf2_msgs.msg import TFMessage
 
     from nope_ros.demo.player import camera_info_message, header, level_transform, mask_message
@@ -374,6 +466,23 @@ def write_bag(path, moments, gravity):
             level: TransformStamped = level_transform(moment.gravity_camera, head)
             level.header.frame_id = "odom"
             entries.append(("/tf", "tf2_msgs/msg/TFMessage", 2, TFMessage(transforms=[level])))
+        if imu:
+            felt = Imu(header=head)
+            up = -9.8 * moment.gravity_camera / np.linalg.norm(moment.gravity_camera)
+            felt.linear_acceleration = Vector3(x=float(up[0]), y=float(up[1]), z=float(up[2]))
+            entries.append(("/imu", "sensor_msgs/msg/Imu", 3, felt))
+        if depth is not None:
+            for topic, frame_id in (("/cam/aligned_depth", head.frame_id), ("/cam/depth", "infrared")):
+                its_head = header(replace(moment, frame_id=frame_id), stamp)
+                millimetres = np.full(moment.mask.shape, round(1000 * depth[i]), np.uint16)
+                measured = messages.image(its_head, np.zeros((*moment.mask.shape, 3), np.uint8))
+                measured.encoding, measured.step, measured.data = (
+                    "16UC1",
+                    2 * moment.mask.shape[1],
+                    millimetres.tobytes(),
+                )
+                if i != 1 or frame_id != head.frame_id:
+                    entries.append((topic, "sensor_msgs/msg/Image", 230_000_007, measured))
         recorded += [Recorded(topic, kind, stamp + late, serialize_message(m)) for topic, kind, late, m in entries]
     return write_mcap(path, sorted(recorded, key=lambda message: message.received))
 
@@ -402,6 +511,47 @@ def test_bag_is_read_back(ros, tmp_path):
     (tmp_path / "broken.mcap").write_bytes(b"not a bag")
     with pytest.raises(InputError, match="broken"):
         open_recording(tmp_path / "broken.mcap")
+
+
+def test_depth_of_a_bag_is_that_of_the_image(ros, tmp_path):
+    moments = [half_size(moment) for moment in open_recording(SEQUENCE, limit=5)]
+    metres = [0.5, 0.6, 0.7, 0.8, 0.9]
+    write_bag(tmp_path / "depth.mcap", moments, gravity=False, depth=metres)
+    assert all(moment.depth is None for moment in open_recording(tmp_path / "depth.mcap")), "it is asked for"
+    found = open_recording(tmp_path / "depth.mcap", depth_topic="")
+    assert found.depth_topic == "/cam/aligned_depth"
+    read = list(found)
+    assert len(read) == 5, "an image whose depth never comes goes without"
+    assert [None if one.depth is None else round(float(one.depth[0, 0]), 3) for one in read] == [
+        0.5,
+        None,
+        0.7,
+        0.8,
+        0.9,
+    ]
+    named = open_recording(tmp_path / "depth.mcap", depth_topic="/cam/depth")
+    assert [round(float(one.depth[0, 0]), 3) for one in named] == metres
+    with pytest.raises(InputError, match="no image topic"):
+        open_recording(tmp_path / "depth.mcap", depth_topic="/nothing")
+    write_bag(tmp_path / "none.mcap", moments, gravity=False)
+    assert open_recording(tmp_path / "none.mcap", depth_topic="").depth_topic == ""
+
+
+@pytest.mark.parametrize("option", ["gravity_frame", "imu_topic"])
+def test_gravity_of_a_walk_in_a_bag(ros, tmp_path, option):
+    from nope_ros.demo.register import Source
+
+    moments = [half_size(next(iter(open_recording(SEQUENCE))))] * 4  # an IMU is believed at rest
+    write_bag(tmp_path / "walk.mcap", moments, gravity=option == "gravity_frame", imu=option == "imu_topic")
+    bag = Source(bag=tmp_path / "walk.mcap")
+    assert all(view.gravity_camera is None for view in bag.walk(32).views)
+    views = replace(bag, **{option: "odom" if option == "gravity_frame" else "/imu"}).walk(32).views
+    assert len(views) == 4
+    for view, moment in zip(views, moments, strict=True):
+        true = moment.gravity_camera / np.linalg.norm(moment.gravity_camera)
+        assert np.arccos(np.clip(view.gravity_camera @ true, -1, 1)) < 1e-3
+    with pytest.raises(InputError, match=r"/nothing is no sensor_msgs|nothing' was never sent"):
+        replace(bag, **{option: "/nothing"}).walk(32)
 
 
 def write_moving(path, moments, R_map_object):
@@ -473,6 +623,13 @@ def test_a_walk_takes_the_cameras_motion_from_tf(ros, tmp_path, capsys):
     for R_found, R_true in zip(keyframes.R_camera_object, truths, strict=True):
         R_expected = R_true @ R_map_object.T @ keyframes.R_fixed_object
         assert np.degrees(geodesic_distance(R_found, R_expected)) < 1.0
+    # Laid over a walk of the bag itself, read with the same frame, it stays where it is.
+    words_align = ["align", "mug", str(tmp_path / "walk.mcap"), "--fixed-frame", "map", "--store", str(tmp_path)]
+    assert main([*words_align, "--device", "cpu", "--out", str(tmp_path / "pair.png"), "--save", "again"]) == 0
+    loaded = ObjectStore(tmp_path).load_all(PoseEstimator.from_pretrained(device="cpu").predictor).objects
+    again, mug = sorted(loaded, key=lambda one: one.object_id)
+    assert again.object_id == "again" and again.keyframes.provenance.poses == "given"
+    assert np.degrees(geodesic_distance(again.reference.R_camera_object, mug.reference.R_camera_object)) < 5
     # In the frame of the robot's own base the camera never moved; and there are frames that nobody sends.
     assert main([*words, "--fixed-frame", "base"]) != 0
     assert "choose a fixed frame in which the camera moves" in capsys.readouterr().err

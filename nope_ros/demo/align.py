@@ -1,6 +1,7 @@
 """Lay one registered object over another: ``nope-ros align A B``.
 
-A and B are names in the folder of registered objects, or folders, bags (see ``nope-ros register``) of a walk each.
+A and B are names in the folder of registered objects, or folders, bags (see ``nope-ros register``) of a walk each. A
+walk that needs more than --fixed-frame to be read is registered first, and then named.
 """
 
 from __future__ import annotations
@@ -11,21 +12,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from numpy.typing import NDArray
 from rich.console import Console
 
-from nope_ros.align import GATE, Alignment, Surface, align_surfaces
-from nope_ros.demo.register import walk_of
-from nope_ros.demo.sequence import Moment, open_recording
+from nope_ros.align import GATE, Surface, align_surfaces, in_frame_of_a
+from nope_ros.demo.register import Source
+from nope_ros.draw import draw_pair, on_white
 from nope_ros.estimator import PoseEstimator, RegisteredObject
 from nope_ros.features import FeatureExtractor
 from nope_ros.frame import InputError
-from nope_ros.store import ObjectStore
-from nope_ros.video import Pose
-
-Array = NDArray[np.float64]
+from nope_ros.store import ObjectStore, check_object_id
 
 
 def main(words: Sequence[str]) -> int:
@@ -36,7 +31,11 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("a", metavar="A", help="stays where it is")
     parser.add_argument("b", metavar="B", help="is moved")
     parser.add_argument("--gate", type=float, default=GATE, help="least score that is accepted (%(default)s)")
-    parser.add_argument("--out", type=Path, metavar="PNG", help="draw the pair there")
+    parser.add_argument("--fixed-frame", default="", help="of bags: TF frame in which the object stands, z up")
+    parser.add_argument(
+        "--save", default="", metavar="NAME", help="store B under this name, its poses then being of the frame of A"
+    )
+    parser.add_argument("--out", type=Path, metavar="PNG", help="where the pair is drawn (A_B.png in this folder)")
     parser.add_argument(
         "--store", type=Path, default=Path("~/.local/share/nope_ros"), help="folder of registered objects (%(default)s)"
     )
@@ -48,11 +47,19 @@ def main(words: Sequence[str]) -> int:
     given = parser.parse_args(words)
     console = Console()
     try:
+        if given.save:
+            check_object_id(given.save)
+            if given.save == given.a:
+                raise InputError(f"--save: '{given.save}' is A, which B would take the place of; give another name")
+        sources = {name: _recording(name, given.fixed_frame) for name in (given.a, given.b)}
+        if given.fixed_frame and not any(source is not None and source.bag is not None for source in sources.values()):
+            raise InputError("--fixed-frame is of the TF of bags, and neither A nor B is a bag; leave it out")
         estimator = PoseEstimator.from_pretrained(given.weights, device=given.device)
         extractor = None
         if given.features is not None:
             extractor = FeatureExtractor.from_checkpoint(given.features, device=given.device)
-        a, b = (Surface.of(_find(name, given.store, estimator), extractor) for name in (given.a, given.b))
+        objects = [_object(name, sources[name], given.store, estimator) for name in (given.a, given.b)]
+        a, b = (Surface.of(one, extractor) for one in objects)
     except InputError as error:
         print(f"nope-ros align: {error}", file=sys.stderr)
         return 2
@@ -70,54 +77,35 @@ def main(words: Sequence[str]) -> int:
             f"R = {np.array2string(found.R, precision=4, suppress_small=True, prefix='R = ')}", highlight=False
         )
         console.print(f"t = {np.array2string(found.t, precision=4, suppress_small=True)}", highlight=False)
-    if given.out is not None:
-        draw(a, b, found, given.out, (Path(given.a).name, Path(given.b).name))
-        console.print(f"wrote {given.out}", highlight=False)
+    name_a, name_b = (
+        name if sources[name] is None else Path(name).expanduser().resolve().stem for name in (given.a, given.b)
+    )
+    out = given.out if given.out is not None else Path(f"{name_a}_{name_b}.png")
+    try:
+        draw_pair(a, b, found, out, ((name_a, on_white(objects[0])), (name_b, on_white(objects[1]))))
+        console.print(f"wrote {out}", highlight=False, soft_wrap=True)
+        if given.save and found.accepted:
+            store = ObjectStore(given.store)
+            store.save(in_frame_of_a(objects[1], found, given.save))
+            console.print(f"Stored '{given.save}' in {store.folder}", highlight=False, soft_wrap=True)
+    except InputError as error:
+        print(f"nope-ros align: {error}", file=sys.stderr)
+        return 2
     return 0 if found.accepted else 1
 
 
-def _find(name: str, store: Path, estimator: PoseEstimator) -> RegisteredObject:
-    if Path(name).expanduser().exists():
-        recording = open_recording(name)
+def _recording(name: str, fixed_frame: str) -> Source | None:
+    """What lies at a path of this name, or None if nothing does: it is an object's."""
+    path = Path(name).expanduser()
+    return Source.at(path, fixed_frame=fixed_frame) if path.exists() else None
 
-        def pose_of(_: int, moment: Moment) -> Pose | None:
-            return None if moment.truth is None else (moment.truth.R_camera_object, moment.truth.t_camera_object)
 
-        walk = walk_of(iter(recording), estimator.predictor.crop_size, pose_of, ordered=False)
-        return estimator.register_walk(walk, object_id=recording.name)
-    loaded = ObjectStore(store).load_all(estimator.predictor)
+def _object(name: str, source: Source | None, folder: Path, estimator: PoseEstimator) -> RegisteredObject:
+    if source is not None:
+        return estimator.register_walk(source.walk(estimator.predictor.crop_size))
+    loaded = ObjectStore(folder).load_all(estimator.predictor)
     for one in loaded.objects:
         if one.object_id == name:
             return one
     known = ", ".join(one.object_id for one in loaded.objects) or "none"
-    raise InputError(f"'{name}' is neither a recording nor a registered object; registered in {store}: {known}")
-
-
-def draw(a: Surface, b: Surface, found: Alignment, path: Path, names: tuple[str, str]) -> None:
-    """Both objects as points, of one colour where their features are alike, and one over the other."""
-    moved = found.scale * b.points @ found.R.T + found.t
-    # One feature of each place: of the first view that sees it.
-    first_a, first_b = (one.features[np.arange(len(one.points)), one.seen.argmax(axis=1)] for one in (a, b))
-    features = np.concatenate([first_a, first_b])
-    basis = np.linalg.svd(features - features.mean(axis=0), full_matrices=False)[2][:3]
-    colours = features @ basis.T
-    low, high = np.percentile(colours, [2, 98], axis=0)
-    colours = np.clip((colours - low) / (high - low), 0, 1)
-    colour_a, colour_b = colours[: len(a.points)], colours[len(a.points) :]
-    figure = Figure(figsize=(12, 4))
-    FigureCanvasAgg(figure)
-    parts = (
-        (names[0], [(a.points, colour_a, "o")]),
-        (f"{names[1]}, aligned", [(moved, colour_b, "^")]),
-        (f"both: {found.score:.2f}", [(a.points, "tab:blue", "o"), (moved, "tab:orange", "^")]),
-    )
-    for index, (title, clouds) in enumerate(parts):
-        axes = figure.add_subplot(1, 3, index + 1, projection="3d")
-        for points, colour, marker in clouds:
-            axes.scatter(*points.T, c=colour, marker=marker, s=18, depthshade=False)
-        axes.set_title(title)
-        axes.set_box_aspect((1, 1, 1))
-        reach = float(np.abs(np.concatenate([a.points, moved])).max())
-        axes.set(xlim=(-reach, reach), ylim=(-reach, reach), zlim=(-reach, reach))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, bbox_inches="tight")
+    raise InputError(f"'{name}' is neither a recording nor a registered object; registered in {folder}: {known}")

@@ -3,6 +3,7 @@
 nope-ros register box --folder walk
 nope-ros register mug --bag walk.mcap --fixed-frame map
 nope-ros register mug --video walk.mp4 --masks masks.mp4 --camera camera.yaml --poses trajectory.txt
+nope-ros register mug --mesh mug.glb --up z
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
@@ -24,18 +25,34 @@ from rich.markup import escape
 from rich.progress import Progress
 from scipy.spatial.transform import Rotation, Slerp
 
-from nope_ros.demo.sequence import POSES_FILE, Moment, open_recording
+from nope_ros.demo.sequence import POSES_FILE, BagRecording, Moment, open_recording
 from nope_ros.estimator import PoseEstimator, RegisteredObject
 from nope_ros.frame import Camera, Frame, InputError
-from nope_ros.node.bagfile import Topics
+from nope_ros.node.bagfile import Topics, open_bag
+from nope_ros.node.distro import TransformError, TransformTree
+from nope_ros.node.gravity import Gravity, ImuGravity, ImuSample
+from nope_ros.node.interfaces import deserialized
 from nope_ros.store import ObjectStore, check_object_id
 from nope_ros.video import KEYFRAMES, Pose, Walk, check_count, summary
 
 Array = NDArray[np.float64]
+Found = TypeVar("Found")
 
 # A pose this far from a frame's stamp is no pose of that frame.
 _FARTHEST = 0.1
 _IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+_TF, _IMU = "tf2_msgs/msg/TFMessage", "sensor_msgs/msg/Imu"
+
+_WALKS = ("folder", "bag", "video")
+_BELONGS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("masks", "camera"), ("video",)),
+    "ordered": ("folder",),
+    **dict.fromkeys(("fixed_frame", "gravity_frame", "imu_topic", "instance"), ("bag",)),
+    **dict.fromkeys(("image_topic", "mask_topic", "camera_info_topic", "depth_topic"), ("bag",)),
+    **dict.fromkeys(("poses", "z_up", "not_metric", "keyframes", "reference_distance"), _WALKS),
+    "up": ("mesh",),
+}
+"""Options, and the sources that they are of; all others go with any."""
 
 
 @dataclass(frozen=True)
@@ -165,68 +182,192 @@ def _masks(path: Path) -> Iterator[NDArray[np.uint8]]:
         yield np.asarray(pixels[..., 0], np.uint8)
 
 
-def walk_of(
-    moments: Iterator[Moment],
-    crop_size: int,
-    pose_of: Callable[[int, Moment], Pose | None],
-    *,
-    z_up: bool = False,
-    ordered: bool = True,
-    progress: Callable[[], object] = lambda: None,
-) -> Walk:
-    """Look at every frame of a recording.
+@dataclass(frozen=True)
+class Source:
+    """A recording of a walk, and how it is read: the options of the same names on the command line.
+
+    One of folder, bag and video is given.
+    """
+
+    folder: Path | None = None
+    bag: Path | None = None
+    video: Path | None = None
+    masks: Path | None = None
+    camera: Path | None = None
+    poses: str = ""
+    ordered: bool = False
+    z_up: bool = False
+    fixed_frame: str = ""
+    gravity_frame: str = ""
+    imu_topic: str = ""
+    image_topic: str = ""
+    mask_topic: str = ""
+    camera_info_topic: str = ""
+    depth_topic: str = ""
+    instance: int = 0
+
+    @classmethod
+    def at(cls, path: Path, *, fixed_frame: str = "") -> Source:
+        """The folder or the bag that is at a path; the fixed frame is a bag's.
+
+        Raises:
+            InputError: if it is neither.
+        """
+        if isinstance(open_recording(path), BagRecording):
+            return cls(bag=path, fixed_frame=fixed_frame)
+        return cls(folder=path)
+
+    def check(self) -> None:
+        """Refuse options that contradict each other, or that nothing would come of.
+
+        Raises:
+            InputError: saying which, and what to do.
+        """
+        if self.video is not None and (self.masks is None or self.camera is None):
+            raise InputError("video: give --masks (a video or a folder) and --camera (a calibration) with it")
+        if self.fixed_frame and self.poses:
+            raise InputError(f"--fixed-frame takes camera poses from TF, --poses {self.poses} does not; give one")
+        if self.poses.endswith(".json") and self.folder is None:
+            raise InputError(
+                f"--poses {self.poses}: its poses are numbered as a folder's images, and a "
+                f"{'bag' if self.video is None else 'video'} has stamps; give lines of `stamp tx ty tz qx qy qz qw`"
+            )
+
+    @property
+    def posed(self) -> bool:
+        """Whether camera poses are asked for; a folder may turn out to have none."""
+        return self.poses != "none" and bool(self.poses or self.fixed_frame or self.folder)
+
+    def walk(self, crop_size: int, progress: Callable[[int, int | None], object] = lambda done, total: None) -> Walk:
+        """Look at every frame.
+
+        Args:
+            crop_size: of the predictor.
+            progress: told how many frames are done, and of how many (of a bag: at most; of a video: not known).
+
+        Raises:
+            InputError: if something cannot be read, or TF or the IMU answers for none of the frames.
+        """
+        self.check()
+        trajectory = self._trajectory()
+        robot, total = None, None
+        moments: Iterable[Moment]
+        if self.video is not None:
+            assert self.masks is not None and self.camera is not None
+            moments = video_moments(self.video, self.masks, read_camera(self.camera))
+        else:
+            path = self.bag or self.folder
+            assert path is not None
+            topics = Topics(self.image_topic, self.mask_topic, self.camera_info_topic)
+            recording = open_recording(path, topics=topics, depth_topic=self.depth_topic, instance=self.instance)
+            if isinstance(recording, BagRecording) != (self.bag is not None):
+                raise InputError(f"{path}: is a {'folder' if self.bag else 'bag'}; give it as such")
+            if isinstance(recording, BagRecording):
+                robot = _Robot(recording.path, self.fixed_frame, self.gravity_frame, self.imu_topic)
+            moments, total = recording, len(recording)
+        walk = Walk(crop_size, ordered=self.folder is None or self.ordered)  # photographs may be sorted by anything
+        for index, moment in enumerate(moments):
+            try:
+                frame = Frame.from_arrays(moment.image, moment.mask, moment.camera, moment.depth)
+            except InputError as error:
+                walk.refuse(moment.name, str(error))
+            else:
+                pose, gravity = self._pose(index, moment, trajectory, robot), self._gravity(moment, robot)
+                if gravity is None and pose is not None and (self.z_up or self.fixed_frame):
+                    gravity = -pose[0][:, 2]
+                walk.add(moment.name, frame, gravity_camera=gravity, pose=pose)
+            progress(index + 1, total)
+        if robot is not None:
+            robot.check()
+        return walk
+
+    def _pose(self, index: int, moment: Moment, trajectory: Trajectory | None, robot: _Robot | None) -> Pose | None:
+        if trajectory is not None:
+            return trajectory.at(index if moment.stamp is None else moment.stamp / 1e9)
+        if robot is not None and self.fixed_frame:
+            return robot.pose(moment)
+        if self.poses == "none" or moment.truth is None:
+            return None
+        return moment.truth.R_camera_object, moment.truth.t_camera_object
+
+    def _gravity(self, moment: Moment, robot: _Robot | None) -> Array | None:
+        if robot is not None:
+            return robot.down(moment)
+        # A folder knows gravity by its poses only.
+        return None if self.poses == "none" else moment.gravity_camera
+
+    def _trajectory(self) -> Trajectory | None:
+        if self.poses in ("", "none"):
+            return None
+        path = Path(self.poses).expanduser()
+        return _listed_poses(path) if path.suffix == ".json" else read_trajectory(path)
+
+
+class _Robot:
+    """Where a bag's TF says that the camera was, and which way its TF or its IMU says is down.
 
     Args:
-        moments: its frames.
-        crop_size: of the predictor.
-        pose_of: R_camera_fixed, t_camera_fixed of a frame, given its number.
-        z_up: whether the fixed frame's z axis points up, which gives gravity where the recording does not.
-        ordered: whether they come as they were taken.
-        progress: called after each frame.
+        path: of the bag.
+        fixed_frame: of TF; poses are of it.
+        gravity_frame: of TF, its z axis pointing up; or
+        imu_topic: of an accelerometer.
     """
-    walk = Walk(crop_size, ordered=ordered)
-    for index, moment in enumerate(moments):
+
+    def __init__(self, path: Path, fixed_frame: str, gravity_frame: str, imu_topic: str) -> None:
+        self.fixed_frame = fixed_frame
+        self._tree = TransformTree(history=None)
+        imu = ImuGravity(history=2**62) if imu_topic else None  # all of it
+        self._gravity = Gravity(frame=gravity_frame, imu=imu, transforms=self._tree, timeout=0.0)
+        self._options = {
+            "--fixed-frame": "a frame of the bag's TF in which the object stands still",
+            "--gravity-frame": "a frame of the bag's TF whose z axis points up",
+            "--imu-topic": "the topic of an accelerometer that TF connects with the camera",
+        }
+        self._down_from = "--gravity-frame" if gravity_frame else "--imu-topic"
+        self._answered: set[str] = set()
+        self._silent: dict[str, str] = {}
+        if not (fixed_frame or gravity_frame or imu_topic):
+            return
+        with open_bag(path) as reader:
+            if imu is not None and not any((one.topic, one.msgtype) == (imu_topic, _IMU) for one in reader.connections):
+                there = ", ".join(sorted({one.topic for one in reader.connections if one.msgtype == _IMU})) or "none"
+                raise InputError(f"--imu-topic: {imu_topic} is no {_IMU} of {path}; it holds {there}")
+            wanted = [one for one in reader.connections if one.msgtype == _TF or one.topic == imu_topic]
+            for connection, _, data in reader.messages(connections=wanted) if wanted else ():
+                message = deserialized(bytes(data), connection.msgtype)
+                if connection.msgtype == _TF:
+                    self._tree.take(message, static=connection.topic.endswith("_static"))
+                elif imu is not None:
+                    felt, head = message.linear_acceleration, message.header
+                    stamp = head.stamp.sec * 1_000_000_000 + head.stamp.nanosec
+                    imu.add(ImuSample(stamp, np.array([felt.x, felt.y, felt.z]), head.frame_id))
+
+    def pose(self, moment: Moment) -> Pose | None:
+        """R_camera_fixed and t_camera_fixed, or None if TF does not know them."""
+        # Asked in this order, TF complains of an unknown fixed frame before it does of where the camera is.
+        found = self._ask(
+            "--fixed-frame", lambda: self._tree.pose(self.fixed_frame, moment.frame_id, moment.stamp or 0, 0.0)
+        )
+        return None if found is None else (found[0].T, -found[0].T @ found[1])
+
+    def down(self, moment: Moment) -> Array | None:
+        """Unit vector (3,) pointing down in the camera's axes, or None if it is not known, or not asked for."""
+        return self._ask(self._down_from, lambda: self._gravity.down(moment.frame_id, moment.stamp or 0))
+
+    def _ask(self, option: str, look: Callable[[], Found]) -> Found | None:
         try:
-            frame = Frame.from_arrays(moment.image, moment.mask, moment.camera)
-        except InputError as error:
-            walk.refuse(moment.name, str(error))
-        else:
-            pose = pose_of(index, moment)
-            gravity = moment.gravity_camera
-            if gravity is None and z_up and pose is not None:
-                gravity = -pose[0][:, 2]
-            walk.add(moment.name, frame, gravity_camera=gravity, pose=pose)
-        progress()
-    return walk
+            found = look()
+        except (TransformError, InputError) as error:
+            self._silent[option] = str(error)
+            return None
+        self._answered.add(option)
+        return found
 
-
-def bag_trajectory(path: Path, fixed_frame: str, camera_frame: str, stamps: Sequence[int]) -> Trajectory:
-    """Where TF in a bag says that the camera was, at stamps in nanoseconds.
-
-    Raises:
-        InputError: if TF knows it at none of them.
-    """
-    from rosbags.highlevel import AnyReader
-    from rosbags.typesys import Stores, get_typestore
-
-    from nope_ros.node.distro import TransformError, TransformTree
-
-    tree = TransformTree(history=None)
-    with AnyReader([path], default_typestore=get_typestore(Stores.ROS2_JAZZY)) as reader:
-        wanted = [one for one in reader.connections if one.msgtype == "tf2_msgs/msg/TFMessage"]
-        for connection, _, data in reader.messages(connections=wanted):
-            message: Any = reader.deserialize(data, connection.msgtype)
-            tree.take(message, static=connection.topic.endswith("_static"))
-    found, reason = [], "no frame has a stamp"
-    for stamp in stamps:
-        try:
-            found.append((stamp / 1e9, *tree.pose(fixed_frame, camera_frame, stamp, 0.0)))
-        except TransformError as error:
-            reason = str(error)
-    if not found:
-        raise InputError(f"fixed-frame: {reason}; name a frame of the bag's TF in which the object stands still")
-    stamps_found, R, t = zip(*found, strict=True)
-    return Trajectory(np.array(stamps_found), np.stack(R), np.stack(t))
+    def check(self) -> None:
+        """Raise InputError if what was asked for was never known."""
+        for option, reason in self._silent.items():
+            if option not in self._answered:
+                raise InputError(f"{option}: {reason}; name {self._options[option]}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -234,8 +375,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", nargs="?", metavar="NAME", help="of the object: its TF frame")
     parser.add_argument("--id", metavar="NAME", help="the same")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--folder", type=Path, metavar="DIR", help=f"{POSES_FILE} with images and masks")
-    source.add_argument("--bag", type=Path, metavar="FILE", help="image, mask and camera_info topics (needs ROS)")
+    source.add_argument("--folder", type=Path, metavar="DIR", help=f"{POSES_FILE} with images, masks and maybe depth")
+    source.add_argument("--bag", type=Path, metavar="FILE", help="image, mask and camera_info topics, and maybe depth")
     source.add_argument("--video", type=Path, metavar="FILE", help="with --masks and --camera")
     source.add_argument("--mesh", type=Path, metavar="FILE", help="in metres; its frame is the object's")
     parser.add_argument("--masks", type=Path, metavar="FILE", help="of --video: a video or a folder of images")
@@ -243,13 +384,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--poses",
         metavar="FILE",
-        help="camera in the fixed frame: `stamp tx ty tz qx qy qz qw` (of a folder: frame numbers from 0), or a "
-        f"{POSES_FILE}; 'none': from the images alone, even if the folder has poses",
+        default="",
+        help="camera in the fixed frame: `stamp tx ty tz qx qy qz qw` (of a folder: frame numbers from 0), or of a "
+        f"folder a {POSES_FILE}; 'none': from the images alone, even if the folder has poses",
     )
     parser.add_argument(
         "--ordered", action="store_true", help="of --folder: images are in the order in which they were taken"
     )
-    parser.add_argument("--fixed-frame", default="", help="of --bag: TF frame in which the object stands, z up")
+    parser.add_argument(
+        "--fixed-frame",
+        default="",
+        help="of --bag: TF frame in which the object stands, z up; without it, camera motion comes from the images",
+    )
+    down = parser.add_mutually_exclusive_group()
+    down.add_argument(
+        "--gravity-frame",
+        default="",
+        help="of --bag: TF frame whose z axis points up; without one of --gravity-frame, --imu-topic and --fixed-frame "
+        "a bag gives no gravity",
+    )
+    down.add_argument("--imu-topic", default="", help="of --bag: an accelerometer that tells gravity")
     parser.add_argument("--z-up", action="store_true", help="the z axis of the poses' fixed frame points up")
     parser.add_argument("--not-metric", action="store_true", help="the poses' lengths are not metres")
     parser.add_argument("--keyframes", type=int, default=KEYFRAMES, help="3 or more, at most (%(default)s)")
@@ -260,12 +414,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     for name in ("image", "mask", "camera-info"):
         parser.add_argument(f"--{name}-topic", default="", help="of --bag, where there are several")
+    parser.add_argument(
+        "--depth-topic", default="", help="of --bag: registered to the image; found if one has its frame and size"
+    )
     parser.add_argument("--instance", type=int, default=0, help="of --bag: id of the object in the mask")
     parser.add_argument(
         "--store", type=Path, default=Path("~/.local/share/nope_ros"), help="folder of registered objects (%(default)s)"
     )
     parser.add_argument("--weights", help="folder of weights; the packaged ones if it is left out")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (%(default)s)")
+
+
+def _check_options(given: argparse.Namespace, source: Source, parser: argparse.ArgumentParser) -> None:
+    """Raise InputError for an option that does not go with what is registered from."""
+    (from_what,) = (name for name in (*_WALKS, "mesh") if getattr(given, name) is not None)
+    for name, sources in _BELONGS.items():
+        if from_what not in sources and getattr(given, name) != parser.get_default(name):
+            those = " or ".join(f"--{one}" for one in sources)
+            raise InputError(f"{_option(name)} does not go with --{from_what}, only with {those}; leave it out")
+    source.check()
+    for name in ("z_up", "not_metric"):
+        if getattr(given, name) and not source.posed:
+            raise InputError(f"{_option(name)} is about camera poses, and there are none; leave it out, or give poses")
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def main(words: Sequence[str]) -> int:
@@ -282,11 +456,16 @@ def main(words: Sequence[str]) -> int:
     console = Console()
     try:
         check_object_id(given.name)
+        source = Source(**{field.name: getattr(given, field.name) for field in fields(Source)})
+        _check_options(given, source, parser)
         check_count(given.keyframes)
         store = ObjectStore(given.store)
         estimator = PoseEstimator.from_pretrained(given.weights, device=given.device)
         with Progress(console=Console(stderr=True)) as progress:
-            registered = (_from_mesh if given.mesh else _from_walk)(given, estimator, progress, console)
+            if given.mesh is not None:
+                registered = _from_mesh(given, estimator, progress)
+            else:
+                registered = _from_walk(given, source, estimator, progress, console)
         store.save(registered)
     except InputError as error:
         print(f"nope-ros register: {error}", file=sys.stderr)
@@ -301,9 +480,7 @@ def main(words: Sequence[str]) -> int:
     return 0
 
 
-def _from_mesh(
-    given: argparse.Namespace, estimator: PoseEstimator, progress: Progress, console: Console
-) -> RegisteredObject:
+def _from_mesh(given: argparse.Namespace, estimator: PoseEstimator, progress: Progress) -> RegisteredObject:
     up = None
     if given.up is not None:
         up = np.zeros(3)
@@ -319,26 +496,11 @@ def _from_mesh(
 
 
 def _from_walk(
-    given: argparse.Namespace, estimator: PoseEstimator, progress: Progress, console: Console
+    given: argparse.Namespace, source: Source, estimator: PoseEstimator, progress: Progress, console: Console
 ) -> RegisteredObject:
-    moments, count, trajectory = _recorded(given)
-    task = progress.add_task("looking at the frames", total=count)
-    without = given.poses == "none"
-
-    def pose_of(index: int, moment: Moment) -> Pose | None:
-        if trajectory is not None:
-            return trajectory.at(index if moment.stamp is None else moment.stamp / 1e9)
-        if without or moment.truth is None:
-            return None
-        return moment.truth.R_camera_object, moment.truth.t_camera_object
-
-    walk = walk_of(
-        moments,
-        estimator.predictor.crop_size,
-        pose_of,
-        z_up=given.z_up or bool(given.fixed_frame),
-        ordered=given.folder is None or given.ordered,  # photographs may have been sorted by anything
-        progress=lambda: progress.advance(task),
+    task = progress.add_task("looking at the frames", total=None)
+    walk = source.walk(
+        estimator.predictor.crop_size, lambda done, total: progress.update(task, completed=done, total=total)
     )
     registered = estimator.register_walk(
         walk,
@@ -351,31 +513,18 @@ def _from_walk(
     )
     progress.stop()
     assert registered.keyframes is not None
+    for option, length, scale in (
+        ("--reference-distance", given.reference_distance, "reference_distance"),
+        ("--diameter", given.diameter, "object_diameter"),
+    ):
+        found = registered.keyframes.provenance.scale
+        if length is not None and found != scale:
+            if found == "poses":
+                raise InputError(f"{option}: the camera poses are in metres already; leave it out, or say --not-metric")
+            raise InputError(f"{option}: lengths are metres by {_option(found)} already; give one of them")
     for line in summary(registered.keyframes):
         console.print(escape(line), highlight=False, soft_wrap=True)
     return registered
-
-
-def _recorded(given: argparse.Namespace) -> tuple[Iterator[Moment], int | None, Trajectory | None]:
-    """The frames asked for, how many, and where the camera was if a file tells."""
-    trajectory = None
-    if given.poses not in (None, "none"):
-        path = Path(given.poses).expanduser()
-        trajectory = _listed_poses(path) if path.suffix == ".json" else read_trajectory(path)
-    if given.video is not None:
-        if given.masks is None or given.camera is None:
-            raise InputError("video: give --masks (a video or a folder) and --camera (a calibration) with it")
-        return video_moments(given.video, given.masks, read_camera(given.camera)), None, trajectory
-    topics = Topics(given.image_topic, given.mask_topic, given.camera_info_topic)
-    recording = open_recording(given.bag or given.folder, topics=topics, instance=given.instance)
-    if given.fixed_frame and given.bag is not None and trajectory is None:
-        seen = [(moment.stamp, moment.frame_id) for moment in recording]
-        stamps = [stamp for stamp, _ in seen if stamp is not None]
-        trajectory = bag_trajectory(given.bag, given.fixed_frame, seen[0][1], stamps)
-    moments = iter(recording)
-    if given.poses == "none":  # gravity of a folder comes from its poses
-        moments = (replace(moment, truth=None) for moment in recording)
-    return moments, len(recording), trajectory
 
 
 def _listed_poses(path: Path) -> Trajectory:

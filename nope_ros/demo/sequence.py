@@ -3,7 +3,8 @@
 A folder (see ``demo/sequence``):
 
     poses.json    "images": a list of {"file", "mask", "K" (3×3), optional "R" (3×3) and "t" (3)}, where
-                  x_camera = R x_object + t, optical axes, metres; images undistorted. Optional "up" (3): the object's
+                  x_camera = R x_object + t, optical axes, metres; images undistorted. Optional "depth" of an image:
+                  a 16-bit PNG of its size, millimetres along z, 0 where unknown. Optional "up" (3): the object's
                   up axis in its own frame, which gives gravity in every image, and "object": its name.
     images/ masks/    masks: above 127 is the object
 
@@ -26,10 +27,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nope_ros.frame import Camera, InputError
-from nope_ros.node.bagfile import BAG_SUFFIXES, Topics, choose_topics, open_bag
+from nope_ros.node.bagfile import BAG_SUFFIXES, IMAGE_TYPE, Topics, choose_topics, open_bag
 from nope_ros.node.interfaces import deserialized
 
 if TYPE_CHECKING:
+    from rosbags.highlevel import AnyReader
     from rosbags.interfaces import Connection
 
 Array = NDArray[np.float64]
@@ -37,7 +39,7 @@ Array = NDArray[np.float64]
 POSES_FILE = "poses.json"
 # Sent along with the frames of a bag, as they are: what gravity can be read from.
 _PASSED_ON = ("tf2_msgs/msg/TFMessage", "sensor_msgs/msg/Imu")
-# Frames of a bag that wait for their masks at once; a slow detector is a second or two behind.
+# Frames of a bag that wait for their masks or depth at once; a slow detector is a second or two behind.
 _WAITING = 150
 
 
@@ -78,6 +80,7 @@ class Moment:
         frame_id: of the camera.
         stamp: nanoseconds; None where the sequence has no clock of its own.
         before: messages to publish before this frame.
+        depth: (H, W) float32 metres along z, registered to the image, 0 or NaN where unknown; or None.
     """
 
     name: str
@@ -89,6 +92,7 @@ class Moment:
     frame_id: str = "camera_optical_frame"
     stamp: int | None = None
     before: tuple[PassedOn, ...] = ()
+    depth: NDArray[np.float32] | None = None
 
 
 def packaged(name: str) -> Path | None:
@@ -121,13 +125,20 @@ class Recording(ABC):
 
 
 def open_recording(
-    path: str | Path, *, topics: Topics | None = None, instance: int = 0, reference: int = 0, limit: int | None = None
+    path: str | Path,
+    *,
+    topics: Topics | None = None,
+    depth_topic: str | None = None,
+    instance: int = 0,
+    reference: int = 0,
+    limit: int | None = None,
 ) -> Recording:
     """Open a folder or a bag.
 
     Args:
         path: folder with poses.json, bag folder with metadata.yaml, or an .mcap or .db3 file.
         topics: of a bag.
+        depth_topic: of a bag: depth registered to the image; empty: found if there is one; None: not read.
         instance: id of the object in a bag's mask; 0: whatever is above 0.
         reference: index of a folder's reference frame, which is moved to the front.
         limit: most frames, evenly spread over the sequence (of a bag: the first ones).
@@ -143,10 +154,10 @@ def open_recording(
     if (path / POSES_FILE).is_file():
         return FolderRecording(path, reference=reference, limit=limit)
     if path.suffix in BAG_SUFFIXES or (path / "metadata.yaml").is_file():
-        return BagRecording(path, topics or Topics(), instance=instance, limit=limit)
+        return BagRecording(path, topics or Topics(), depth_topic=depth_topic, instance=instance, limit=limit)
     inside = sorted(entry for entry in path.iterdir() if entry.suffix in BAG_SUFFIXES) if path.is_dir() else []
     if len(inside) == 1:
-        return BagRecording(inside[0], topics or Topics(), instance=instance, limit=limit)
+        return BagRecording(inside[0], topics or Topics(), depth_topic=depth_topic, instance=instance, limit=limit)
     raise InputError(
         f"{path}: neither a sequence (a folder with {POSES_FILE}, images and masks) nor a bag (a folder with "
         "metadata.yaml, or an .mcap or .db3 file)"
@@ -188,6 +199,7 @@ class FolderRecording(Recording):
         try:
             image_path, mask_path = self.folder / entry["file"], self.folder / entry["mask"]
             K = np.array(entry["K"], np.float64)
+            depth_path = None if entry.get("depth") is None else self.folder / entry["depth"]
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{where}: {error} is missing or wrong") from None
         rgb = np.ascontiguousarray(_pixels(image_path, cv2.IMREAD_COLOR)[..., ::-1])
@@ -205,6 +217,7 @@ class FolderRecording(Recording):
             camera=Camera(K, rgb.shape[1], rgb.shape[0]),
             gravity_camera=None if truth is None or self.up is None else -truth.R_camera_object @ self.up,
             truth=truth,
+            depth=None if depth_path is None else _millimetres(depth_path),
         )
 
 
@@ -215,6 +228,14 @@ def _pixels(path: Path, flags: int) -> NDArray[np.uint8]:
     return pixels
 
 
+def _millimetres(path: Path) -> NDArray[np.float32]:
+    """Depth (H, W) in metres of a file of millimetres."""
+    pixels: NDArray[np.generic] = _pixels(path, cv2.IMREAD_UNCHANGED)
+    if pixels.dtype != np.uint16 or pixels.ndim != 2:
+        raise InputError(f"{path}: is no depth; store millimetres as a PNG of 16 bits and one channel")
+    return pixels.astype(np.float32) / np.float32(1000)
+
+
 def _vector(values: Any, what: str) -> Array:
     vector = np.array(values, np.float64)
     if vector.shape != (3,) or not np.isfinite(vector).all() or not vector.any():
@@ -223,9 +244,17 @@ def _vector(values: Any, what: str) -> Array:
 
 
 class BagRecording(Recording):
-    """The image, mask and camera_info topics of a bag."""
+    """The image, mask and camera_info topics of a bag, and its depth if that is asked for."""
 
-    def __init__(self, path: Path, topics: Topics, *, instance: int = 0, limit: int | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        topics: Topics,
+        *,
+        depth_topic: str | None = None,
+        instance: int = 0,
+        limit: int | None = None,
+    ) -> None:
         self.path = path
         self.name = path.stem
         self.instance = instance
@@ -233,6 +262,7 @@ class BagRecording(Recording):
         with open_bag(self.path) as reader:
             self.topics = choose_topics({c.topic: c.msgtype for c in reader.connections}, topics)
             counts = {name: reader.topics[name].msgcount for name in (self.topics.image, self.topics.mask)}
+            self.depth_topic = "" if depth_topic is None else self._find_depth(reader, depth_topic)
         empty = [name for name, count in counts.items() if count == 0]
         if empty:
             raise InputError(f"{path}: no message on {', '.join(empty)}")
@@ -260,8 +290,37 @@ class BagRecording(Recording):
                 f"calibration came on {self.topics.camera_info}"
             )
 
+    def _find_depth(self, reader: AnyReader, wanted: str) -> str:
+        """The depth topic that is wanted, or the one that is measured in the image's frame and size, or none."""
+        from nope_ros.node.messages import DEPTH_ENCODINGS
+
+        pictures = {one.topic for one in reader.connections if one.msgtype == IMAGE_TYPE}
+        if wanted:
+            if wanted not in pictures:
+                raise InputError(f"topic {wanted} is no image topic of {self.path}; the bag holds {sorted(pictures)}")
+            return wanted
+
+        def first(topic: str) -> Any:
+            those = [one for one in reader.connections if one.topic == topic]
+            for connection, _, data in reader.messages(connections=those):
+                return deserialized(bytes(data), connection.msgtype)
+            return None
+
+        image, info = first(self.topics.image), first(self.topics.camera_info)
+        found = []
+        for topic in sorted(pictures - {self.topics.image, self.topics.mask}):
+            one = first(topic) if "depth" in topic.lower() and image is not None and info is not None else None
+            if one is not None and one.encoding in DEPTH_ENCODINGS:
+                # Depth that is not registered to the image says so by its frame, or by its size.
+                aligned = (image.header.frame_id, info.width, info.height)
+                found += [topic] * ((one.header.frame_id, one.width, one.height) == aligned)
+        if len(found) > 1:
+            raise InputError(f"{len(found)} topics could be the depth: {', '.join(found)}; name one with --depth-topic")
+        return found[0] if found else ""
+
     def _pairs(self) -> Iterator[Moment]:
-        waiting: dict[str, dict[int, Any]] = {self.topics.image: {}, self.topics.mask: {}}
+        topics = (self.topics.image, self.topics.mask, *([self.depth_topic] if self.depth_topic else []))
+        waiting: dict[str, dict[int, Any]] = {topic: {} for topic in topics}
         camera_info: Any = None
         before: list[PassedOn] = []
         with open_bag(self.path) as reader:
@@ -276,21 +335,34 @@ class BagRecording(Recording):
                     continue
                 stamp = message.header.stamp.sec * 1_000_000_000 + message.header.stamp.nanosec
                 waiting[connection.topic][stamp] = message
-                image, mask = (waiting[topic].get(stamp) for topic in (self.topics.image, self.topics.mask))
-                if image is not None and mask is not None and camera_info is not None:
-                    moment = self._moment(stamp, image, mask, camera_info, tuple(before))
-                    for held in waiting.values():
-                        for old in [other for other in held if other <= stamp]:
-                            del held[old]
-                    if moment is not None:
-                        before.clear()
-                        yield moment
+                yield from self._complete(waiting, camera_info, before)
                 for held in waiting.values():
                     while len(held) > _WAITING:
                         del held[min(held)]
+        yield from self._complete(waiting, camera_info, before, ended=True)
+
+    def _complete(
+        self, waiting: dict[str, dict[int, Any]], camera_info: Any, before: list[PassedOn], *, ended: bool = False
+    ) -> Iterator[Moment]:
+        """The frames of which everything has come, which then wait no more."""
+        if camera_info is None:
+            return
+        images, masks = waiting[self.topics.image], waiting[self.topics.mask]
+        depths = waiting.get(self.depth_topic, {})
+        newest = max(depths, default=-1)
+        for stamp in sorted(images.keys() & masks.keys()):
+            if self.depth_topic and newest < stamp and not ended and len(images) < _WAITING:
+                return  # its depth may still come
+            moment = self._moment(stamp, images[stamp], masks[stamp], depths.get(stamp), camera_info, tuple(before))
+            for held in waiting.values():
+                for old in [other for other in held if other <= stamp]:
+                    del held[old]
+            if moment is not None:
+                before.clear()
+                yield moment
 
     def _moment(
-        self, stamp: int, image: Any, mask: Any, camera_info: Any, before: tuple[PassedOn, ...]
+        self, stamp: int, image: Any, mask: Any, depth: Any, camera_info: Any, before: tuple[PassedOn, ...]
     ) -> Moment | None:
         from nope_ros.node import messages
 
@@ -306,8 +378,9 @@ class BagRecording(Recording):
             frame_id=image.header.frame_id or "camera",
             stamp=stamp,
             before=before,
+            depth=None if depth is None else messages.depth_array(depth),
         )
 
     def _wanted(self, connection: Connection) -> bool:
-        chosen = (self.topics.image, self.topics.mask, self.topics.camera_info)
+        chosen = (self.topics.image, self.topics.mask, self.topics.camera_info, self.depth_topic)
         return connection.topic in chosen or connection.msgtype in _PASSED_ON

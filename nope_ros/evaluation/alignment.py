@@ -1,7 +1,8 @@
 """What aligning is worth: pairs of one kind, of one object, and of different kinds, with and without cycles' weight.
 
 Kinds are by name: the network is trained on single objects and is never told what any of them is. Truth is that the
-makers of one source turn all things of a kind the same way; errors are modulo the symmetries of both objects.
+makers of one source turn all things of a kind the same way; errors are modulo the symmetries of both objects. Of meshes
+of no known kind, two recordings of one object are laid over each other, and different objects.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from nope_ros.align import GATE, Alignment, Surface, align_surfaces
+from nope_ros.draw import draw_pair, on_white
 from nope_ros.estimator import PoseEstimator
 from nope_ros.evaluation.meshes import MESH_SUFFIXES, mesh_set
 from nope_ros.evaluation.protocol import EvaluationObject, generator
@@ -76,15 +78,16 @@ WRONG_ACCEPTED = 0.05
 
 @dataclass(frozen=True)
 class Registered:
-    """An object of a kind, registered from one half of its views.
+    """An object, registered from one half of its views.
 
     Attributes:
-        kind: see ``_KINDS``.
+        kind: see ``_KINDS``; empty where none is known.
         name: of the object.
         half: 0 or 1: which of two recordings of it.
         surface: what is compared.
         R_source_object: (3, 3), its frame in its source's.
         symmetry: of the object, in its source's frame.
+        picture: (S, S, 3) uint8 RGB, its first keyframe.
     """
 
     kind: str
@@ -93,6 +96,7 @@ class Registered:
     surface: Surface
     R_source_object: Array
     symmetry: Symmetry
+    picture: NDArray[np.uint8] | None = None
 
 
 @dataclass(frozen=True)
@@ -146,8 +150,13 @@ class AlignmentReport:
         return _bootstrap((self.errors(relation, arm) < 30).astype(float) - (self.errors(relation, over) < 30))
 
     def calibrated_gate(self) -> float | None:
-        """The least score that lets through no more than ``WRONG_ACCEPTED`` of the pairs of different kinds."""
-        scores = np.sort(self.scores("different kinds"))
+        """The least score that lets through no more than ``WRONG_ACCEPTED`` of the pairs of different kinds.
+
+        Where no kinds are known, of the pairs of different objects, some of which may be of one kind: a gate that is
+        stricter than it need be.
+        """
+        known = self.scores("different kinds")
+        scores = np.sort(known if len(known) else self.scores("different objects"))
         return None if len(scores) == 0 else float(scores[-1 - int(WRONG_ACCEPTED * len(scores))] + 1e-3)
 
     def accepted(self, relation: str, gate: float) -> float | None:
@@ -204,18 +213,19 @@ class AlignmentReport:
             for arm, over in _COMPARED:
                 errors.add_row("", f"{arm} over {over}", "", _with_interval(self.gain("one kind", arm, over)), "")
         gates = Table(title="accepted by the gate", title_justify="left")
-        for column in ("gate", *_RELATIONS):
+        relations = [relation for relation in _RELATIONS if len(self.scores(relation))]
+        for column in ("gate", *relations):
             gates.add_column(column, justify="right")
         calibrated = self.calibrated_gate()
         for gate in (self.gate, calibrated):
             if gate is not None:
-                shares = [self.accepted(relation, gate) for relation in _RELATIONS]
+                shares = [self.accepted(relation, gate) for relation in relations]
                 shown = f"{gate:.3f}" + (" (calibrated)" if gate == calibrated else "")
-                gates.add_row(shown, *("–" if share is None else f"{share:.0f} %" for share in shares))
+                gates.add_row(shown, *(f"{share:.0f} %" for share in shares))
         return [errors, gates]
 
 
-_RELATIONS = ("different kinds", "one kind", "one object")
+_RELATIONS = ("different kinds", "different objects", "one kind", "one object")
 _COMPARED = (
     ("ours", "ours, no cycles"),
     ("published", "published, no cycles"),
@@ -246,12 +256,14 @@ def evaluate_alignment(
     gate: float = GATE,
     seed: int = 0,
     cache: Path | None = None,
+    pictures: Path | None = None,
     progress: Progress | None = None,
 ) -> AlignmentReport:
     """Register objects twice each, from views of their own, and lay them over each other.
 
     Args:
-        folder: of meshes, ``<source>/<object>.glb``, in which things of ``_KINDS`` are found by name.
+        folder: of meshes, ``<source>/<object>.glb``, in which things of ``_KINDS`` are found by name. If none is,
+            all its meshes are taken, of no kind.
         estimator: what to evaluate.
         extractor: of features; the latents' own by default.
         views: of each recording.
@@ -260,10 +272,11 @@ def evaluate_alignment(
         gate: to ask about.
         seed: draws cameras, light and pairs.
         cache: file of known symmetries.
+        pictures: folder in which every pair of one kind is drawn.
         progress: shows how far it is.
 
     Raises:
-        InputError: if fewer than two things of a kind are there.
+        InputError: if fewer than two meshes, or of ``kinds`` fewer than two things of a kind, are there.
     """
     members = kinds_of(folder, kinds)
     names = {name: kind for kind, found in members.items() for name in found}
@@ -287,6 +300,8 @@ def evaluate_alignment(
         results: list[PairResult] = []
         for relation, a, b in chosen:
             results += _results(relation, a, b, gate, generator(seed, a.name, b.name, relation))
+            if pictures is not None and relation == "one kind":
+                _draw(a, b, gate, pictures)
             if progress is not None and task is not None:
                 progress.advance(task)
     name = "latents" if extractor is None else extractor.name
@@ -296,10 +311,10 @@ def evaluate_alignment(
 
 
 def kinds_of(folder: Path, kinds: Sequence[str] | None = None) -> dict[str, list[str]]:
-    """Names of the objects of each kind that a folder holds.
+    """Names of the objects of each kind that a folder holds; of an empty kind all of them, if it holds none we know.
 
     Raises:
-        InputError: if a kind is unknown, or no kind has two.
+        InputError: if a kind is unknown, none of those asked for has two, or the folder holds no two meshes.
     """
     unknown = [kind for kind in kinds or () if kind not in _KINDS]
     if unknown:
@@ -315,6 +330,8 @@ def kinds_of(folder: Path, kinds: Sequence[str] | None = None) -> dict[str, list
         if kinds is None or kind in kinds
     }
     members = {kind: found for kind, found in members.items() if len(found) > 1}
+    if not members and kinds is None and len(stored) > 1:
+        return {"": stored}
     if not members:
         raise InputError(f"kinds: {folder} holds no two objects of one kind; known by name are {', '.join(_KINDS)}")
     return members
@@ -331,15 +348,28 @@ def _register(
     assert registered.keyframes is not None
     surface = Surface.of(registered, extractor)
     R_source_object = registered.keyframes.R_fixed_object
-    return Registered(kind, evaluated.name, half, surface, R_source_object, evaluated.symmetry)
+    picture = on_white(registered)
+    return Registered(kind, evaluated.name, half, surface, R_source_object, evaluated.symmetry, picture)
+
+
+def _draw(a: Registered, b: Registered, gate: float, folder: Path) -> None:
+    shown = [(one.name.rsplit("/", 1)[-1], one.picture) for one in (a, b) if one.picture is not None]
+    found = align_surfaces(a.surface, b.surface, gate=gate)
+    name = "_".join(one.name.replace("/", "_") for one in (a, b))
+    draw_pair(a.surface, b.surface, found, folder / f"{name}.png", shown)
 
 
 def _pairs(found: Sequence[Registered], most: int | None, seed: int) -> list[tuple[str, Registered, Registered]]:
-    """All pairs of one kind and of one object, and as many of different kinds; each thing's first recording but one."""
+    """All pairs of one kind and of one object, and as many of different kinds; each thing's first recording but one.
+
+    Of objects of no known kind, pairs of different objects take the place of both.
+    """
     relations: dict[str, list[tuple[Registered, Registered]]] = {relation: [] for relation in _RELATIONS}
     for a, b in combinations(found, 2):
         if a.name == b.name:
             relations["one object"].append((a, b))
+        elif a.half == b.half == 0 and "" in (a.kind, b.kind):
+            relations["different objects"].append((a, b))
         elif a.half == b.half == 0 and a.kind == b.kind:
             relations["one kind"].append((a, b))
         elif a.half == b.half == 0 and {a.kind, b.kind} not in _ALIKE:
@@ -357,7 +387,7 @@ def _pairs(found: Sequence[Registered], most: int | None, seed: int) -> list[tup
 
 def _results(relation: str, a: Registered, b: Registered, gate: float, rng: np.random.Generator) -> list[PairResult]:
     names = (a.name, b.name)
-    if relation == "different kinds":
+    if relation in ("different kinds", "different objects"):
         found = align_surfaces(a.surface, b.surface, gate=gate)
         return [PairResult(relation, "ours", names, None, found.score)]
     results = []
@@ -392,6 +422,7 @@ def add_arguments(parser: Any) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     parser.add_argument("--cache", type=Path, help="file of known symmetries of meshes; by default the user's")
+    parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="draw every pair of one kind there")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures to this file")
 
 
@@ -418,5 +449,6 @@ def run(args: Any, progress: Progress | None = None) -> AlignmentReport:
         gate=args.gate,
         seed=args.seed,
         cache=args.cache,
+        pictures=args.pictures,
         progress=progress,
     )
