@@ -84,34 +84,53 @@ def _report(words: Words) -> int:
 def _render(words: Words) -> int:
     from nope_ros.training import render_cache
 
-    render_cache.main(list(words))
+    try:
+        render_cache.main(list(words))
+    except SystemExit as error:
+        if not isinstance(error.code, str):
+            raise
+        print(f"nope-ros render: {error.code}", file=sys.stderr)
+        return 2
     return 0
 
 
 def _train(words: Words) -> int:
     parser = argparse.ArgumentParser(prog="nope-ros train", description="Learn weights; goes on where it stopped.")
     parser.add_argument("config", type=Path, help="YAML, such as config/train/rotated_latent.yaml")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint, the log and the weights")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder of checkpoint, log and weights; out/train/<config's name> by default",
+    )
     parser.add_argument(
         "overrides", nargs="*", metavar="NAME=VALUE", help="values that replace the file's, such as budget_minutes=10"
     )
     given = parser.parse_intermixed_args(words)
-    if not given.config.is_file():
-        parser.error(f"{given.config}: no such file")
+
+    import yaml
+    from accelerate import PartialState
+
+    from nope_ros.frame import InputError
+    from nope_ros.training import correspond, train
+
     overrides: dict[str, object] = {}
     for item in given.overrides:
         name, equals, value = item.partition("=")
+        try:
+            overrides[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            equals = ""
         if not equals:
             parser.error(f"{item}: not NAME=VALUE")
-        overrides[name] = value
-
-    import yaml
-
-    from nope_ros.training import correspond, train
-
-    kind = yaml.safe_load(given.config.read_text(encoding="utf-8")).get("kind")
-    learn = correspond.train if kind == "correspondence" else train.train
-    learn(given.config, given.out, {name: yaml.safe_load(str(value)) for name, value in overrides.items()})
+    out = given.out or Path("out", "train", given.config.stem)
+    try:
+        kind = train.read_values(given.config, overrides).get("kind")
+        learn = correspond.train if kind == "correspondence" else train.train
+        learn(given.config, out, overrides)
+    except InputError as error:
+        print(f"nope-ros train: {error}", file=sys.stderr)
+        return 2
+    PartialState().destroy_process_group()  # with several processes, all are done now
     return 0
 
 

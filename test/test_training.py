@@ -1,23 +1,38 @@
 """Each kind of learner by the one loop, at sizes that take seconds."""
 
+import hashlib
 import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from scipy.spatial.transform import Rotation
 from torch.optim.swa_utils import AveragedModel
 
 from nope_ros.cli import main
+from nope_ros.correspondence import CorrespondenceRefiner
 from nope_ros.latent import PaperUNetPredictor, RotatedLatentPredictor, load_predictor
-from nope_ros.models.rotation_regression import RotationRegression, rotation_from_6d
+from nope_ros.models.correspondence import CorrespondenceConfig
+from nope_ros.models.paper_unet import PaperUNetConfig
+from nope_ros.models.rotated_latent import RotatedLatentConfig
+from nope_ros.models.rotation_regression import RotationRegression, RotationRegressionConfig, rotation_from_6d
+from nope_ros.training import average as averaging
 from nope_ros.training import train as module
+from nope_ros.training.augment import AugmentationConfig
+from nope_ros.training.correspond import CorrespondenceTraining
 from nope_ros.training.learners import relative
 from nope_ros.training.pairs import PairDataset
 from nope_ros.training.render_cache import Settings, build_cache
-from nope_ros.training.train import train
+from nope_ros.training.train import TrainingConfig, of_sizes, read_training, read_values, train
+
+CONFIGS = sorted((Path(__file__).parent.parent / "config" / "train").glob("*.yaml"))
 
 KINDS = {
     "rotated_latent": {"crop_size": 32, "widths": [8, 16, 16], "bandwidth": 3, "channels": 8, "depths": 4},
@@ -37,13 +52,13 @@ KINDS = {
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cache")
-    build_cache(folder, Settings(meshes=None, procedural=8, views=6, mesh_views=6, size=32, seed=0), workers=1)
+    settings = Settings(meshes=None, procedural=8, views=6, mesh_views=6, size=32, seed=0, depth=True)
+    build_cache(folder, settings, workers=1)
     return folder
 
 
-def run(kind, cache, out, steps, **changes):
-    out.mkdir(exist_ok=True)
-    content = {
+def content(kind, cache, steps, **changes):
+    return {
         "kind": kind,
         "data": {
             "cache": str(cache),
@@ -53,7 +68,7 @@ def run(kind, cache, out, steps, **changes):
             "validation_share": 0.47,  # four of the eight objects
         },
         "augmentation": {"clean_probability": 1.0},
-        "network": KINDS[kind],
+        "network": KINDS.get(kind, {}),
         "budget_steps": steps,
         "learning_rate": 3e-3,
         "warmup_steps": 2,
@@ -64,8 +79,12 @@ def run(kind, cache, out, steps, **changes):
         "workers": 0,
         **changes,
     }
+
+
+def run(kind, cache, out, steps, **changes):
+    out.mkdir(exist_ok=True)
     config = out / "config.yaml"
-    config.write_text(yaml.safe_dump(content))
+    config.write_text(yaml.safe_dump(content(kind, cache, steps, **changes)))
     train(config, out)
 
 
@@ -164,6 +183,300 @@ def test_words_of_the_command_come_in_any_order(cache, tmp_path):
     again = tmp_path / "again"
     assert main(["train", str(tmp_path / "config.yaml"), "--out", str(again), "seed=3", "budget_steps=2"]) == 0
     assert json.loads((again / "weights" / "config.json").read_text())["training"]["steps"] == 2
+
+
+def test_what_is_trained_goes_where_its_configuration_is_called(cache, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.yaml").write_text(yaml.safe_dump(content("regression", cache, 1)))
+    assert main(["train", "tiny.yaml"]) == 0
+    assert (tmp_path / "out" / "train" / "tiny" / "weights" / "model.safetensors").is_file()
+
+
+def refiner(cache, **changes):
+    data = {
+        "cache": str(cache),
+        "objects_per_batch": 2,
+        "views_per_object": 3,
+        "mesh_share": 0.0,
+        "validation_share": 0.47,
+    }
+    return {
+        "kind": "correspondence",
+        "data": data,
+        "pairs_per_batch": 12,
+        "budget_minutes": 1e-4,
+        "warmup_steps": 1,
+        "validation_batches": 1,
+        "workers": 0,
+        **changes,
+    }
+
+
+def other_sizes(cache, folder):
+    run("rotated_latent", cache, folder, 1, network=KINDS["rotated_latent"] | {"channels": 16})
+    return str(folder / "weights")
+
+
+def without_depth(cache, folder):
+    folder.mkdir()
+    for name in ("images.npy", "views.npz"):
+        (folder / name).symlink_to(cache / name)
+    return folder
+
+
+def of_a_regression(cache, folder):
+    run("regression", cache, folder, 1)
+    return str(folder / "weights")
+
+
+MISTAKES = {
+    "empty": (lambda cache, tmp: None, "is empty"),
+    "no mapping": (lambda cache, tmp: ["data"], "holds a list"),
+    "misspelt": (lambda cache, tmp: content("regression", cache, 1, learning_rat=1), "learning_rat: there is no such"),
+    "misspelt within": (
+        lambda cache, tmp: content("regression", cache, 1, data={"cache": str(cache), "views": 3}),
+        "data.views: there is no such setting",
+    ),
+    "no number": (lambda cache, tmp: content("regression", cache, 1, learning_rate="fast"), "learning_rate: Input"),
+    "out of range": (lambda cache, tmp: content("regression", cache, 1, warmup_steps=0), "warmup_steps: Input"),
+    "nothing to train on": (lambda cache, tmp: {"kind": "regression"}, "data: Field required"),
+    "unknown kind": (lambda cache, tmp: content("regresion", cache, 1), "kind: there is no 'regres"),
+    "unknown size": (lambda cache, tmp: content("regression", cache, 1, network={"width": 3}), "unknown fields: width"),
+    "no size": (
+        lambda cache, tmp: content("rotated_latent", cache, 1, network={"widths": [8, -1, 8]}),
+        "nope_ros.models.rotated_latent tells the sizes",
+    ),
+    "no renders": (
+        lambda cache, tmp: content("regression", cache, 1, data={"cache": "nowhere"}),
+        "there are no renders in nowhere; make them: nope-ros render --out nowhere",
+    ),
+    "few renders": (
+        lambda cache, tmp: content("regression", cache, 1, data={"cache": str(cache), "objects_per_batch": 50}),
+        "a batch takes 50",
+    ),
+    "start is missing": (
+        lambda cache, tmp: content("rotated_latent", cache, 1, start="nowhere"),
+        "there is no folder nowhere",
+    ),
+    "start is of another kind": (
+        lambda cache, tmp: content("rotated_latent", cache, 1, start=of_a_regression(cache, tmp / "other")),
+        "names 'regression'",
+    ),
+    "start has other sizes": (
+        lambda cache, tmp: content("rotated_latent", cache, 1, start=other_sizes(cache, tmp / "other")),
+        "has other sizes",
+    ),
+    "start of what begins from nothing": (
+        lambda cache, tmp: content("paper_unet", cache, 1, start=other_sizes(cache, tmp / "other")),
+        "always starts from nothing",
+    ),
+    "autoencoder is missing": (
+        lambda cache, tmp: content("paper_unet", cache, 1, network={"vae": "no where"}),
+        "no where",
+    ),
+    "refiner, no renders": (
+        lambda cache, tmp: refiner(tmp / "nowhere"),
+        "/nowhere --depth",
+    ),
+    "refiner, no depth": (lambda cache, tmp: refiner(without_depth(cache, tmp / "flat")), "have no depth"),
+    "refiner, start is missing": (lambda cache, tmp: refiner(cache, start="nowhere"), "there is no folder nowhere"),
+    "refiner, trunk of other sizes": (
+        lambda cache, tmp: refiner(cache, trunk=other_sizes(cache, tmp / "other")),
+        "trunk:",
+    ),
+    "refiner, no such part": (lambda cache, tmp: refiner(cache, train_from="encode9"), "the trunk has no 'encode9'"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_gets_one_line_and_leaves_nothing_behind(mistake, cache, tmp_path, monkeypatch, capsys):
+    make, told = MISTAKES[mistake]
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(make(cache, tmp_path)) if mistake != "empty" else "")
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    assert main(["train", str(config)]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("nope-ros train: ") and said.err.count("\n") == 1 and told in said.err
+    assert not said.out and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("text", "told"), [("a: [1", "is not YAML"), (None, "No such file")])
+def test_a_file_that_cannot_be_read_gets_one_line(text, told, tmp_path, monkeypatch, capsys):
+    config = tmp_path / "config.yaml"
+    if text is not None:
+        config.write_text(text)
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", str(config)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"nope-ros train: {config}") and said.count("\n") == 1 and told in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_to_render_gets_one_line(tmp_path, capsys):
+    assert main(["render", "--procedural", "0", "--out", str(tmp_path / "cache")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("nope-ros render: nothing to render") and said.count("\n") == 1
+    assert not (tmp_path / "cache").exists()
+
+
+def test_the_refiner_learns_and_goes_on_where_it_stopped(cache, tmp_path, capsys):
+    config = tmp_path / "refiner.yaml"
+    config.write_text(yaml.safe_dump(refiner(cache)))
+    out = tmp_path / "out"
+    assert main(["train", str(config), "--out", str(out)]) == 0
+    folder = out / "weights"
+    CorrespondenceRefiner.from_pretrained(folder, device="cpu")
+    steps = json.loads((folder / "config.json").read_text())["training"]["steps"]
+    assert steps >= 1 and any("val_loss" in row for row in rows(out))
+    capsys.readouterr()
+    assert main(["train", str(config), "--out", str(out)]) == 0, "the budget is spent"
+    assert f"resumed after {steps} steps" in capsys.readouterr().out
+    assert json.loads((folder / "config.json").read_text())["training"]["steps"] == steps
+    spent = rows(out)[-1]["minutes"]
+    assert main(["train", str(config), "--out", str(out), f"budget_minutes={spent + 1e-3}"]) == 0
+    assert json.loads((folder / "config.json").read_text())["training"]["steps"] > steps
+
+
+# Each process has a clock of its own; the second one's runs three times as fast.
+TWO = """
+import os, sys, time
+from pathlib import Path
+rank = int(os.environ["RANK"])
+if rank:
+    true = time.monotonic
+    time.monotonic = lambda: 3 * true()
+from nope_ros.training.train import train
+for kind in sys.argv[2:]:
+    out = Path(sys.argv[1], kind)
+    steps = train(out / "config.yaml", out)
+    (out / f"steps{rank}").write_text(str(steps))
+"""
+
+
+@pytest.mark.timeout(300)  # two interpreters start, perhaps on a busy machine
+def test_two_processes_have_one_clock(cache, tmp_path):
+    kinds = ("rotated_latent", "paper_unet")
+    for kind in kinds:
+        (tmp_path / kind).mkdir()
+        # Judged at every step: what others would take for time, the first does not count.
+        values = content(kind, cache, None, budget_minutes=0.02, validate_minutes=0)
+        (tmp_path / kind / "config.yaml").write_text(yaml.safe_dump(values))
+    script = tmp_path / "two.py"
+    script.write_text(TWO)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    with subprocess.Popen(
+        [*command, script, tmp_path, *kinds], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    ) as both:
+        try:
+            said = both.communicate(timeout=240)[0].decode()
+        except BaseException:
+            os.killpg(both.pid, signal.SIGKILL)
+            raise
+    assert both.returncode == 0, said
+    for kind in kinds:
+        out = tmp_path / kind
+        steps = {int((out / f"steps{rank}").read_text()) for rank in (0, 1)}
+        assert len(steps) == 1
+        assert (out / "weights" / "model.safetensors").is_file()
+        folders = (out / "autoencoder", out) if kind == "paper_unet" else (out,)
+        for folder in folders:
+            judged = [row["step"] for row in rows(folder) if "val_loss" in row]
+            assert judged == list(range(1, len(judged) + 1)), "one process writes"
+        assert steps == {judged[-1]}
+
+
+def folder_of(state, path, **config):
+    path.mkdir()
+    save_file(state, path / "model.safetensors")
+    content = {"predictor": "regression", "network": {"hidden": 2}, "training": {"steps": 7}, **config}
+    (path / "config.json").write_text(json.dumps(content))
+    return path
+
+
+def test_the_mean_of_two(tmp_path, capsys):
+    one = folder_of({"w": torch.tensor([1.0, 2.0]).half(), "n": torch.tensor(3)}, tmp_path / "one")
+    other = folder_of(
+        {"w": torch.tensor([2.0, 0.0]).half(), "n": torch.tensor(5)},
+        tmp_path / "other",
+        training={"steps": 9, "calibration": {"seed": 0}},
+        temperature=2.0,
+    )
+    mean = tmp_path / "mean"
+    assert averaging.main([str(one), str(other), "--share", "0.7", "--out", str(mean)]) == 0
+    state = load_file(mean / "model.safetensors")
+    torch.testing.assert_close(state["w"], torch.tensor([1.7, 0.6]).half())
+    assert state["n"] == 5
+    config = json.loads((mean / "config.json").read_text())
+    assert config["temperature"] == 2.0 and config["training"]["steps"] == 9
+    assert "calibration" not in config["training"], "that was of the other"
+    digest = hashlib.sha256((other / "model.safetensors").read_bytes()).hexdigest()
+    assert config["training"]["mean_of"][1] == {"share": 0.7, "sha256": digest}
+    digest = hashlib.sha256((mean / "model.safetensors").read_bytes()).hexdigest()
+    assert (mean / "SHA256SUMS").read_text() == f"{digest}  model.safetensors\n"
+
+
+def test_the_mean_of_trained_weights_loads(cache, tmp_path):
+    for name, seed in (("one", 0), ("other", 1)):
+        run("rotated_latent", cache, tmp_path / name, 1, seed=seed)
+    one, other = (tmp_path / name / "weights" for name in ("one", "other"))
+    averaging.average(one, other, 0.25, tmp_path / "mean")
+    found, first, second = (
+        load_predictor(folder, device="cpu").network.stem[0].weight for folder in (tmp_path / "mean", one, other)
+    )
+    torch.testing.assert_close(found, 0.75 * first + 0.25 * second, rtol=0, atol=1e-3)
+    assert not torch.equal(first, second)
+
+
+def test_no_mean_of_what_does_not_fit(tmp_path, capsys):
+    one = folder_of({"w": torch.zeros(2)}, tmp_path / "one")
+    wide = folder_of({"w": torch.zeros(3)}, tmp_path / "wide")
+    more = folder_of({"w": torch.zeros(2), "v": torch.zeros(1)}, tmp_path / "more")
+    another = folder_of({"w": torch.zeros(2)}, tmp_path / "another", network={"hidden": 3})
+    mean = tmp_path / "mean"
+    for words, told in (
+        ([one, wide, "--out", mean], "w is (2,) and (3,)"),
+        ([one, more, "--out", mean], "v is in one of them only"),
+        ([one, another, "--out", mean], "'network' is"),
+        ([one, one, "--share", "7", "--out", mean], "--share: 7 is not within 0..1"),
+        ([one, tmp_path / "nowhere", "--out", mean], "there is no folder"),
+        ([one, wide, "--out", one], "is one of the two folders"),
+    ):
+        assert averaging.main([str(word) for word in words]) == 2
+        said = capsys.readouterr().err
+        assert told in said and said.count("\n") == 1
+        assert not mean.exists()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_configurations_are_of_their_kinds(path):
+    kind = read_values(path).get("kind", "rotated_latent")
+    model = CorrespondenceTraining if kind == "correspondence" else TrainingConfig
+    config = read_training(model, path)
+    sizes = {
+        "rotated_latent": RotatedLatentConfig,
+        "regression": RotationRegressionConfig,
+        "paper_unet": PaperUNetConfig,
+        "correspondence": CorrespondenceConfig,
+    }[kind]
+    found = of_sizes(lambda sizes: sizes, sizes, config.network)
+    assert found == (PaperUNetConfig.paper() if path.stem == "paper_unet_full" else sizes())
+    assert f"nope-ros train config/train/{path.name}" in path.read_text()
+
+
+def test_the_document_tells_the_ranges_of_augmentation():
+    page = (Path(__file__).parent.parent / "docs" / "training.md").read_text()
+    told = yaml.safe_load(page.split("```yaml\n")[1].split("```")[0])["augmentation"]
+    assert told == AugmentationConfig().model_dump(mode="json")
+
+
+def test_what_is_compared_sees_the_same():
+    data = [
+        read_training(TrainingConfig, path).data.model_dump(exclude={"objects_per_batch", "views_per_object", "cache"})
+        for path in CONFIGS
+        if path.stem != "correspondence"
+    ]
+    assert len(data) == 4 and all(one == data[0] for one in data)
 
 
 def test_regression_takes_over_the_rotated_latents_encoder(cache, tmp_path):

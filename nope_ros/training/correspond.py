@@ -17,10 +17,10 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-import yaml
+from accelerate import Accelerator
 from numpy.random import Generator
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
@@ -28,11 +28,13 @@ from torch.utils.data import DataLoader
 
 from nope_ros.correspondence import CorrespondenceWeights
 from nope_ros.crop import depth_through
+from nope_ros.frame import InputError
 from nope_ros.harmonics import wigner_d
 from nope_ros.latent import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     RotatedLatentPredictor,
+    WeightsError,
     crops_to_tensor,
     find_weights,
     load_predictor,
@@ -52,8 +54,19 @@ from nope_ros.rotations import exp, twist
 from nope_ros.training.augment import AugmentationConfig, training_view
 from nope_ros.training.learners import Curves
 from nope_ros.training.muon import Muon
-from nope_ros.training.pairs import DataConfig, PairDataset
-from nope_ros.training.train import CHECKPOINT_SECONDS, _load, _log, _save, moving_average, plot
+from nope_ros.training.pairs import DataConfig, PairDataset, Share
+from nope_ros.training.train import (
+    CHECKPOINT,
+    CHECKPOINT_SECONDS,
+    WEIGHTS,
+    _load,
+    _log,
+    _save,
+    moving_average,
+    of_sizes,
+    plot,
+    read_training,
+)
 
 Array = NDArray[np.float64]
 
@@ -79,25 +92,25 @@ class CorrespondenceTraining(BaseModel):
     start: str = ""  # folder of weights to go on from
     trunk: str = ""  # else: weights of a rotated latent whose U-Net the trunk starts from; empty: the packaged ones
     train_from: str = "encode3"  # what comes before this in the trunk stays as it was
-    pairs_per_batch: int = 108
-    steps: int = 2
+    pairs_per_batch: int = Field(default=108, gt=0)
+    steps: int = Field(default=2, gt=0)
     most_apart_deg: float = 75.0  # of pairs that teach places; all teach right from wrong
     hypothesis_deg: tuple[float, float] = (1.0, 11.0)  # standard deviation about each axis
-    wrong_share: float = 0.4
-    known_depth_share: float = 0.5  # of the pairs have the reference's true depth, as renders of a mesh have
-    close_share: float = 0.5  # of the groups are drawn within close_deg
+    wrong_share: Share = 0.4
+    known_depth_share: Share = 0.5  # of the pairs have the reference's true depth, as renders of a mesh have
+    close_share: Share = 0.5  # of the groups are drawn within close_deg
     close_deg: float = 30.0
-    anywhere_share: float = 0.15  # of the groups are drawn from all sides
-    seed: int = 0
-    budget_minutes: float = 40
-    learning_rate: float = 2.0e-3
-    warmup_steps: int = 40
-    weight_decay: float = 0.02
-    ema_decay: float = 0.99
-    validate_minutes: float = 8
-    validation_batches: int = 6
-    workers: int = 1
-    threads: int = 1
+    anywhere_share: Share = 0.15  # of the groups are drawn from all sides
+    seed: int = Field(default=0, ge=0)
+    budget_minutes: float = Field(default=40, gt=0)
+    learning_rate: float = Field(default=2.0e-3, gt=0)
+    warmup_steps: int = Field(default=40, gt=0)
+    weight_decay: float = Field(default=0.02, ge=0)
+    ema_decay: float = Field(default=0.99, ge=0, lt=1)
+    validate_minutes: float = Field(default=8, ge=0)
+    validation_batches: int = Field(default=6, gt=0)
+    workers: int = Field(default=1, ge=0)
+    threads: int = Field(default=1, gt=0)
 
 
 @dataclass(frozen=True)
@@ -127,6 +140,7 @@ class GroupBatch:
 class GroupDataset(PairDataset):
     """An endless stream of groups: an anchor, and views within sight of it, most of them rolled to align with it."""
 
+    needs_depth = True
     roll_noise_deg = 6.0
     astray_share = 0.15  # of the views are rolled anyhow: what a query is under a hypothesis of a wrong roll
     close_share = 0.0
@@ -167,7 +181,7 @@ class GroupDataset(PairDataset):
 
     def _view(self, view: int, roll: float | None, rng: Generator) -> tuple[tuple[NDArray[np.generic], ...], Array]:
         cache = self.cache
-        assert cache.depth is not None, "the renders hold no depth; render them with --depth"
+        assert cache.depth is not None  # it is asked for
         R, t, K = cache.R[view], cache.t[view], cache.K[view]
         made = training_view(
             np.asarray(cache.images[view]), R, K, size=self.size, roll=roll, config=self.augmentation, rng=rng
@@ -217,14 +231,15 @@ class Templates:
 
     _BINS = 6
 
-    def __init__(self) -> None:
-        predictor = load_predictor(None, device="cpu")
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        predictor = load_predictor(None, device=device)
         assert isinstance(predictor, RotatedLatentPredictor)
         self.predictor = predictor
         grid = free_rotations()
-        self.rotations = torch.from_numpy(np.array(grid[np.abs(twist(grid)) < _ASKEW])).float()
-        self.turns = flatten_d(wigner_d(self.rotations, predictor.network.config.bandwidth))
-        self.seen = torch.ones(2, self._BINS)  # right and wrong ones at each distance, fading
+        rotations = torch.from_numpy(np.array(grid[np.abs(twist(grid)) < _ASKEW])).float()
+        self.turns = flatten_d(wigner_d(rotations, predictor.network.config.bandwidth)).to(device)
+        self.rotations = rotations.to(device)
+        self.seen = torch.ones(2, self._BINS, device=device)  # right and wrong ones at each distance, fading
 
     @in_full
     @torch.no_grad()
@@ -437,30 +452,58 @@ def validate(
 
 
 def make_network(config: CorrespondenceTraining) -> CorrespondenceNetwork:
-    """The network, its trunk started from a rotated latent's."""
-    sizes = {key: tuple(value) if isinstance(value, list) else value for key, value in config.network.items()}
-    network = CorrespondenceNetwork(CorrespondenceConfig(**sizes))  # type: ignore[arg-type]
-    state = read_state(find_weights(config.trunk or None))
-    network.trunk.load_state_dict({key: state[key] for key in network.trunk.state_dict()})
+    """The network, its trunk started from a rotated latent's.
+
+    Raises:
+        InputError: if its sizes, or the weights to start from, are wrong.
+    """
+    network: CorrespondenceNetwork = of_sizes(CorrespondenceNetwork, CorrespondenceConfig, config.network)
+    folder = find_weights(config.trunk or None)
+    state = read_state(folder)
+    try:
+        network.trunk.load_state_dict({key: state[key] for key in network.trunk.state_dict()})
+    except (KeyError, RuntimeError) as error:
+        raise WeightsError(
+            f"trunk: {folder} holds no rotated latent of the widths {network.config.widths}; give one under 'trunk', "
+            "or its widths under 'network'"
+        ) from error
     if config.start:
-        folder = Path(config.start)
+        folder = find_weights(config.start)
         load_state(network, read_state(folder), (), folder / WEIGHTS_FILE)
     network.trunk.requires_grad_(False)
     parts = list(network.trunk.named_children())
-    first = [name for name, _ in parts].index(config.train_from)
-    for _, part in parts[first:]:
+    names = [name for name, _ in parts]
+    if config.train_from not in names:
+        raise InputError(f"train_from: the trunk has no '{config.train_from}'; it has {', '.join(names)}")
+    for _, part in parts[names.index(config.train_from) :]:
         part.requires_grad_(True)
     return network
 
 
 def train(config_path: Path, out: Path, overrides: dict[str, object] | None = None) -> None:
-    """Train until the budget is spent, resuming from ``out`` if it holds a checkpoint."""
-    config = CorrespondenceTraining.model_validate({**yaml.safe_load(config_path.read_text()), **(overrides or {})})
+    """Train until the budget is spent, resuming from ``out`` if it holds a checkpoint; in one process.
+
+    Raises:
+        InputError: if the file, the renders or the weights to start from are wrong; nothing has been written then.
+    """
+    config = read_training(CorrespondenceTraining, config_path, overrides)
+    accelerator = Accelerator(mixed_precision="bf16", cpu=not torch.cuda.is_available())
+    if accelerator.num_processes > 1:
+        raise InputError("kind: correspondence trains in one process; start it without `accelerate launch`")
+    device = accelerator.device
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    out.mkdir(parents=True, exist_ok=True)
     network = make_network(config)
-    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs leave it out
+    dataset, held_out = (
+        GroupDataset(config.data, config.augmentation, network.config.crop_size, config.seed, validation=held)
+        for held in (False, True)
+    )
+    for drawn in (dataset, held_out):
+        drawn.close_share, drawn.close_deg = config.close_share, config.close_deg
+        drawn.anywhere_share = config.anywhere_share
+    validation = [held_out.batch(np.random.default_rng((1, n))).to(device) for n in range(config.validation_batches)]
+    out.mkdir(parents=True, exist_ok=True)
+    network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # left out of the stubs
     learned = [p for p in network.parameters() if p.requires_grad]
     trunk = {id(p) for p in network.trunk.parameters()}
     optimizer = Muon(
@@ -476,33 +519,32 @@ def train(config_path: Path, out: Path, overrides: dict[str, object] | None = No
     )
     average = AveragedModel(network, multi_avg_fn=moving_average(config.ema_decay), use_buffers=True)
     step, spent = 0, 0.0
-    checkpoint = out / "checkpoint.safetensors"
+    checkpoint = out / CHECKPOINT
     if checkpoint.exists():
         step, spent = _load(checkpoint, network, average, optimizer)
-        print(f"resumed after {step} steps, {spent / 60:.1f} minutes")
-    size = network.config.crop_size
-    dataset = GroupDataset(config.data, config.augmentation, size, config.seed, first_batch=step)
+        print(f"{out}: resumed after {step} steps, {spent / 60:.1f} minutes")
+    dataset.first_batch = step
     loader = DataLoader(
         dataset, batch_size=None, num_workers=config.workers, prefetch_factor=4 if config.workers else None
     )
-    held_out = GroupDataset(config.data, config.augmentation, size, config.seed, validation=True)
-    for drawn in (dataset, held_out):
-        drawn.close_share, drawn.close_deg = config.close_share, config.close_deg
-        drawn.anywhere_share = config.anywhere_share
-    validation = [held_out.batch(np.random.default_rng((1, n))) for n in range(config.validation_batches)]
     budget, last = config.budget_minutes * 60, time.monotonic()
     next_validation = spent + config.validate_minutes * 60
     next_checkpoint = spent + CHECKPOINT_SECONDS
     running: list[dict[str, float]] = []
-    templates = Templates()
+    templates = Templates(device)
     _train_mode(network)
-    for batch in loader:
-        share = min(spent / budget, 1.0)
+    batches = iter(loader)
+    while spent < budget:
+        batch = next(batches).to(device)
+        share = spent / budget
         rate = config.learning_rate * min(1.0, (step + 1) / config.warmup_steps) * 0.5 * (1 + np.cos(np.pi * share))
         for group, factor in zip(optimizer.param_groups, (1.0, 1.0, 0.3, 0.3), strict=True):
             group["lr"] = max(rate * factor, 1e-6)
-        with torch.autocast("cpu", torch.bfloat16):
-            outcome = batch_loss(network, batch, config, np.random.default_rng((config.seed, 2, step)), templates)
+        # What is drawn in a step follows from its number, so that a resumed run draws the same.
+        rng = np.random.default_rng((config.seed, 2, step))
+        torch.manual_seed(config.seed + 1_000_000_007 * (step + 1))
+        with accelerator.autocast():
+            outcome = batch_loss(network, batch, config, rng, templates)
         optimizer.zero_grad(set_to_none=True)
         outcome.loss.backward()
         nn.utils.clip_grad_norm_(learned, 1.0)
@@ -516,15 +558,14 @@ def train(config_path: Path, out: Path, overrides: dict[str, object] | None = No
             row = {key: float(np.mean([one[key] for one in running])) for key in running[0]}
             _log(out, {"step": step, "minutes": spent / 60, "left": (budget - spent) / 60, "rate": rate, **row})
             running.clear()
-        done = spent >= budget
-        judged = done or spent >= next_validation
+        judged = spent >= min(budget, next_validation)
         if judged or spent >= next_checkpoint:
             next_checkpoint = spent + CHECKPOINT_SECONDS
             _save(checkpoint, learner=network, average=average, optimizer=optimizer, step=step, spent=spent)
             last = time.monotonic()  # neither writing nor validation is training time
         if judged:
             next_validation = spent + config.validate_minutes * 60
-            with torch.autocast("cpu", torch.bfloat16):
+            with accelerator.autocast():
                 averaged = average.module
                 assert isinstance(averaged, CorrespondenceNetwork)
                 row = validate(averaged, validation, config, templates)
@@ -532,19 +573,18 @@ def train(config_path: Path, out: Path, overrides: dict[str, object] | None = No
             _log(out, {"step": step, "minutes": spent / 60, **{f"val_{key}": value for key, value in row.items()}})
             last = time.monotonic()
             plot(out, CURVES)
-        if done:
-            break
     finished = average.module
     assert isinstance(finished, CorrespondenceNetwork)
-    export(finished, {"steps": step, "minutes": round(spent / 60, 1)}, out / "weights")
-    print(f"weights: {out / 'weights'}")
+    export(finished, {"steps": step, "minutes": round(spent / 60, 1)}, out / WEIGHTS)
+    folder = out / WEIGHTS
+    print(f"weights: {folder}; next: python -m nope_ros.training.trust --weights {folder} --meshes MESHES")
 
 
 def export(network: CorrespondenceNetwork, training: dict[str, object], folder: Path) -> None:
     """Write weights that ``CorrespondenceRefiner.from_pretrained`` reads, in half precision."""
     folder.mkdir(parents=True, exist_ok=True)
     state = {key: value.half() if value.is_floating_point() else value for key, value in network.state_dict().items()}
-    save_file({key: value.contiguous() for key, value in state.items()}, folder / WEIGHTS_FILE)
+    save_file({key: value.contiguous().cpu() for key, value in state.items()}, folder / WEIGHTS_FILE)
     sizes = {key: list(value) if isinstance(value, tuple) else value for key, value in network.config.to_dict().items()}
     weights = CorrespondenceWeights(network=sizes, training=training)
     (folder / CONFIG_FILE).write_text(json.dumps(weights.model_dump(), indent=2) + "\n", encoding="utf-8")

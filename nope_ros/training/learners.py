@@ -9,6 +9,7 @@ import copy
 import json
 from abc import ABC, abstractmethod
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -98,6 +99,15 @@ class Learner(nn.Module, ABC):
             WeightsError: if they are of another kind, or this kind cannot.
         """
         raise WeightsError(f"start: {folder}: this kind always starts from nothing")
+
+
+def _take_over(folder: Path, load: Callable[[], object]) -> None:
+    try:
+        load()
+    except RuntimeError as error:  # torch's, with a line for each layer
+        raise WeightsError(
+            f"start: the network in {folder} has other sizes; give the same under 'network', or start from nothing"
+        ) from error
 
 
 def _pairs(views: int) -> tuple[Tensor, Tensor]:
@@ -270,7 +280,7 @@ class RotatedLatentLearner(Learner):
         predictor = load_predictor(folder, device="cpu")
         if not isinstance(predictor, RotatedLatentPredictor):
             raise WeightsError(f"start: {folder} holds '{predictor.name}', not the network of this training")
-        self.network.load_state_dict(predictor.network.state_dict())
+        _take_over(folder, lambda: self.network.load_state_dict(predictor.network.state_dict()))
         self.log_scale.data.fill_(-float(np.log(predictor.temperature)))
 
 
@@ -310,7 +320,7 @@ class RegressionLearner(Learner):
         found = load_predictor(folder, device="cpu")
         if not isinstance(found, RotatedLatentPredictor):
             raise WeightsError(f"start: {folder} holds '{found.name}'; a rotated latent's encoder can be taken over")
-        self.network.start_from(found.network)
+        _take_over(folder, lambda: self.network.start_from(found.network))
 
     def forward(self, batch: Batch, number: int) -> Tensor:
         """The mean over all pairs, not squared: of several answers that fit, the median and not the middle."""

@@ -7,23 +7,28 @@ from __future__ import annotations
 
 import itertools
 import json
+import zipfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from nope_ros.crop import roll_of_gravity
+from nope_ros.frame import InputError
 from nope_ros.rotations import exp
 from nope_ros.training.augment import AugmentationConfig, View, training_view
 from nope_ros.training.likelihood import PairPrior
 from nope_ros.training.render_cache import VARIANT_MARK
+
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class DataConfig(BaseModel):
@@ -32,15 +37,16 @@ class DataConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     cache: str  # folder written by nope_ros.training.render_cache
-    objects_per_batch: int = 20
-    views_per_object: int = 6
-    mesh_share: float = 0.5  # of the objects in a batch; the rest are procedural
-    upright_share: float = 0.5  # of the objects have roll removed by gravity; the rest any roll
-    near_share: float = 0.75  # of the views are drawn within near_deg of the first view's direction
-    near_deg: float = 90.0
-    symmetric_weight: float = 0.3  # objects with an asymmetry below symmetric_below are drawn this much as often
+    objects_per_batch: int = Field(default=20, gt=0)
+    views_per_object: int = Field(default=6, gt=1)
+    mesh_share: Share = 0.5  # of the objects in a batch; the rest are procedural
+    upright_share: Share = 0.5  # of the objects have roll removed by gravity; the rest any roll
+    near_share: Share = 0.75  # of the views are drawn within near_deg of the first view's direction
+    near_deg: float = Field(default=90.0, gt=0, le=180)
+    # Objects with an asymmetry below symmetric_below are drawn this much as often.
+    symmetric_weight: float = Field(default=0.3, gt=0)
     symmetric_below: float = 0.007
-    validation_share: float = 0.08  # of the objects, by hash of their name
+    validation_share: Share = 0.08  # of the objects, by hash of their name
 
 
 @dataclass(frozen=True)
@@ -57,10 +63,36 @@ class Batch:
 
 
 class RenderCache:
-    """Renders on disk, opened without reading them."""
+    """Renders on disk, opened without reading them.
 
-    def __init__(self, config: DataConfig) -> None:
+    Args:
+        config: its ``cache`` is the folder, its ``validation_share`` says which objects are held out.
+        depth: whether depth is needed too.
+
+    Raises:
+        InputError: if they are missing, unfinished or damaged.
+    """
+
+    def __init__(self, config: DataConfig, depth: bool = False) -> None:
         folder = Path(config.cache)
+        command = f"nope-ros render --out {folder}{' --depth' if depth else ''}"
+        if not (folder / "images.npy").is_file():
+            raise InputError(f"data.cache: there are no renders in {folder}; make them: {command}")
+        if not (folder / "views.npz").is_file():
+            raise InputError(f"data.cache: the renders in {folder} are not finished; give their command again")
+        if depth and not (folder / "depth.npy").is_file():
+            raise InputError(f"data.cache: the renders in {folder} have no depth; make others: nope-ros render --depth")
+        try:
+            self._open(folder)
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise InputError(f"data.cache: {folder} is damaged ({error}); delete it and make it again") from error
+        # By name, not by position or random state: the split stays the same whatever else is in the cache.
+        self.variant = np.array([VARIANT_MARK in name for name in self.names])
+        # A variant goes where its mesh goes, or the network would be judged on objects much like those it learned.
+        fraction = np.array([zlib.crc32(name.split(VARIANT_MARK)[0].encode()) / 2**32 for name in self.names])
+        self.held_out = fraction < config.validation_share
+
+    def _open(self, folder: Path) -> None:
         self.images: NDArray[np.uint8] = np.load(folder / "images.npy", mmap_mode="r")
         depth = folder / "depth.npy"
         self.depth: NDArray[np.float16] | None = np.load(depth, mmap_mode="r") if depth.exists() else None
@@ -76,15 +108,16 @@ class RenderCache:
         starts = np.searchsorted(object_index[order], np.arange(len(self.names) + 1))
         self.views = [order[a:b] for a, b in itertools.pairwise(starts)]
         self.directions = -np.einsum("nji,nj->ni", self.R, np.broadcast_to([0.0, 0.0, 1.0], (len(self.R), 3)))
-        # By name, not by position or random state: the split stays the same whatever else is in the cache.
-        self.variant = np.array([VARIANT_MARK in name for name in self.names])
-        # A variant goes where its mesh goes, or the network would be judged on objects much like those it learned.
-        fraction = np.array([zlib.crc32(name.split(VARIANT_MARK)[0].encode()) / 2**32 for name in self.names])
-        self.held_out = fraction < config.validation_share
 
 
 class PairDataset(IterableDataset[Batch]):
-    """An endless stream of batches; the stream depends on the seed and the first batch's number alone."""
+    """An endless stream of batches; the stream depends on the seed and the first batch's number alone.
+
+    Raises:
+        InputError: if the renders are missing, or too few for a batch.
+    """
+
+    needs_depth: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -97,7 +130,7 @@ class PairDataset(IterableDataset[Batch]):
     ) -> None:
         self.config, self.augmentation, self.size = config, augmentation, size
         self.seed, self.first_batch, self.validation = seed, first_batch, validation
-        self.cache = RenderCache(config)
+        self.cache = RenderCache(config, self.needs_depth)
         cache = self.cache
         weight = np.where(cache.asymmetry < config.symmetric_below, config.symmetric_weight, 1.0)
         weight *= cache.held_out == validation
@@ -105,6 +138,14 @@ class PairDataset(IterableDataset[Batch]):
         for kind, part in ((cache.procedural, 1 - config.mesh_share), (~cache.procedural, config.mesh_share)):
             total = (weight * kind).sum()
             share += weight * kind * (part / total if total > 0 else 0)
+        possible = np.flatnonzero(share)
+        views = min((len(cache.views[index]) for index in possible), default=0)
+        if len(possible) < config.objects_per_batch or views < config.views_per_object:
+            raise InputError(
+                f"data: the renders in {config.cache} have {len(possible)} {'held-out' if validation else 'training'} "
+                f"objects with {views} views or more, a batch takes {config.objects_per_batch} with "
+                f"{config.views_per_object}; render more, or lower objects_per_batch or views_per_object"
+            )
         self.probability = share / share.sum()
 
     def __iter__(self) -> Iterator[Batch]:

@@ -2,6 +2,9 @@
 
 Training is bounded by wall-clock time, not by steps: the learning rate follows the share of the budget that is spent,
 so that a run on a slow machine ends as well-annealed as one on a fast machine. A run resumes from its last checkpoint.
+
+With several processes (``accelerate launch -m nope_ros.cli train CONFIG``) each draws batches of its own; the first
+one's clock is everybody's, and it alone writes.
 """
 
 from __future__ import annotations
@@ -10,21 +13,23 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 import yaml
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
+from accelerate.utils import broadcast, gather_object
 from matplotlib.figure import Figure
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
-from nope_ros.latent import read_config
+from nope_ros.frame import InputError
+from nope_ros.latent import find_weights, known_fields, read_config
 from nope_ros.models.rotated_latent import RotatedLatentConfig
 from nope_ros.models.rotation_regression import RotationRegressionConfig
 from nope_ros.training.augment import AugmentationConfig
@@ -40,6 +45,12 @@ from nope_ros.training.learners import (
 from nope_ros.training.muon import Muon
 from nope_ros.training.pairs import Batch, DataConfig, PairDataset
 
+KINDS = ("rotated_latent", "regression", "paper_unet", "correspondence")
+"""Of networks; the last one's training is ``nope_ros.training.correspond``."""
+
+Config = TypeVar("Config", bound=BaseModel)
+Made = TypeVar("Made")
+
 
 class TrainingConfig(BaseModel):
     """Everything a run depends on, besides the renders."""
@@ -51,22 +62,84 @@ class TrainingConfig(BaseModel):
     augmentation: AugmentationConfig = AugmentationConfig()
     network: dict[str, int | float | str | list[int]] = {}  # sizes that differ from the kind's own
     start: str = ""  # folder of weights to go on from, with a new seed; empty: from nothing
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     budget_minutes: float = Field(default=120, gt=0)
     budget_steps: int | None = Field(default=None, gt=0)  # in place of minutes, where a run has to be repeatable
-    learning_rate: float = 2e-3
-    warmup_steps: int = 200
-    weight_decay: float = 0.05
-    ema_decay: float = 0.998
-    sigma_deg: float = 5.0  # rotated_latent: width of the target around the truth
-    candidate_sets: int = 8  # rotated_latent: sets of rotations that take turns
-    upright_candidates: int = 3000  # rotated_latent: views in each set
+    learning_rate: float = Field(default=2e-3, gt=0)
+    warmup_steps: int = Field(default=200, gt=0)
+    weight_decay: float = Field(default=0.05, ge=0)
+    ema_decay: float = Field(default=0.998, ge=0, lt=1)
+    sigma_deg: float = Field(default=5.0, gt=0)  # rotated_latent: width of the target around the truth
+    candidate_sets: int = Field(default=8, gt=0)  # rotated_latent: sets of rotations that take turns
+    upright_candidates: int = Field(default=3000, gt=0)  # rotated_latent: views in each set
     autoencoder_share: float = Field(default=0.3, gt=0, lt=1)  # paper_unet: of the budget, before the U-Net's turn
     distance: Literal["l1", "l2"] = "l1"  # paper_unet: of latents
-    validate_minutes: float = 10
-    validation_batches: int = 12
-    workers: int = 1
-    threads: int = 1
+    validate_minutes: float = Field(default=10, ge=0)
+    validation_batches: int = Field(default=12, gt=0)
+    workers: int = Field(default=1, ge=0)
+    threads: int = Field(default=1, gt=0)
+
+
+def read_values(path: Path, overrides: dict[str, object] | None = None) -> dict[str, object]:
+    """What a training's file says, not yet checked but for its kind.
+
+    Args:
+        path: YAML.
+        overrides: values that replace the file's.
+
+    Raises:
+        InputError: if it cannot be read, holds no names with values, or another kind than one of ``KINDS``.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; give a file such as config/train/rotated_latent.yaml") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        found = "is empty" if values is None else f"holds a {type(values).__name__}"
+        raise InputError(f"{path} {found}; names with values are needed, as in config/train/rotated_latent.yaml")
+    values |= overrides or {}
+    if values.get("kind", KINDS[0]) not in KINDS:
+        raise InputError(f"{path}: kind: there is no '{values['kind']}'; known: {', '.join(KINDS)}")
+    return values
+
+
+def read_training(model: type[Config], path: Path, overrides: dict[str, object] | None = None) -> Config:
+    """A training's file, checked.
+
+    Args:
+        model: of its kind.
+        path: YAML.
+        overrides: values that replace the file's.
+
+    Raises:
+        InputError: naming what is wrong in it.
+    """
+    try:
+        return model.model_validate(read_values(path, overrides))
+    except ValidationError as error:
+        wrong = [
+            f"{'.'.join(map(str, one['loc']))}: "
+            + ("there is no such setting" if one["type"] == "extra_forbidden" else one["msg"])
+            for one in error.errors()
+        ]
+        raise InputError(f"{path}: {'; '.join(wrong[:3])}; docs/training.md tells the settings") from error
+
+
+def of_sizes(make: Callable[[Made], nn.Module], sizes: type[Made], network: dict[str, Any]) -> Any:
+    """What ``make`` makes of a network's sizes, of which a training's file gives those that differ from the usual.
+
+    Raises:
+        InputError: if no such network can be made.
+    """
+    try:
+        given = {key: tuple(value) if isinstance(value, list) else value for key, value in network.items()}
+        return make(sizes(**known_fields(sizes, given)))
+    except InputError:
+        raise
+    except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
+        raise InputError(f"network: {error}; {sizes.__module__} tells the sizes") from error
 
 
 def _log(folder: Path, row: dict[str, float]) -> None:
@@ -75,7 +148,7 @@ def _log(folder: Path, row: dict[str, float]) -> None:
     print("  ".join(f"{key} {value:.5g}" for key, value in row.items()), flush=True)
 
 
-def train(config_path: Path, out: Path, overrides: dict[str, object] | None = None) -> None:
+def train(config_path: Path, out: Path, overrides: dict[str, object] | None = None) -> int:
     """Train until the budget is spent, resuming from ``out`` if it holds a checkpoint.
 
     The paper's form is two trainings, one after the other: of its autoencoder (in ``out/autoencoder``), which then
@@ -85,34 +158,41 @@ def train(config_path: Path, out: Path, overrides: dict[str, object] | None = No
         config_path: YAML of a TrainingConfig.
         out: folder for checkpoint, log, curves and EMA weights.
         overrides: values that replace the file's, such as ``budget_minutes``.
+
+    Returns:
+        The steps that the weights took (those of the U-Net, of the paper's form).
+
+    Raises:
+        InputError: if the file, the renders or the weights to start from are wrong; nothing has been written then.
     """
-    config = TrainingConfig.model_validate({**yaml.safe_load(config_path.read_text()), **(overrides or {})})
+    config = read_training(TrainingConfig, config_path, overrides)
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
-    sizes = {key: tuple(value) if isinstance(value, list) else value for key, value in config.network.items()}
     if config.kind == "rotated_latent":
-        network_config = RotatedLatentConfig(**sizes)  # type: ignore[arg-type]
-        _run(
-            RotatedLatentLearner(network_config, config.sigma_deg, config.candidate_sets, config.upright_candidates),
-            config,
-            out,
-        )
-    elif config.kind == "regression":
-        _run(RegressionLearner(RotationRegressionConfig(**sizes)), config, out)  # type: ignore[arg-type]
-    else:
-        from nope_ros.models.paper_unet import PaperUNetConfig
 
-        paper_config = PaperUNetConfig(**sizes)  # type: ignore[arg-type]
-        share, autoencoder = config.autoencoder_share, None
-        if not paper_config.vae:
-            # Once the U-Net has begun, its latents stand still, also where the budget is raised.
-            if not (out / CHECKPOINT).exists():
-                _run(AutoencoderLearner(paper_config), config, out / "autoencoder", share)
-            autoencoder = out / "autoencoder" / WEIGHTS
-        torch.manual_seed(config.seed)  # whether or not the autoencoder was trained just now
-        learner = PaperUNetLearner(paper_config, autoencoder, config.distance)
-        prepared = None if autoencoder is None else autoencoder / TRAINING
-        _run(learner, config, out, 1 if autoencoder is None else 1 - share, prepared)
+        def rotated_latent(sizes: RotatedLatentConfig) -> Learner:
+            return RotatedLatentLearner(sizes, config.sigma_deg, config.candidate_sets, config.upright_candidates)
+
+        return _run(of_sizes(rotated_latent, RotatedLatentConfig, config.network), config, out)
+    if config.kind == "regression":
+        return _run(of_sizes(RegressionLearner, RotationRegressionConfig, config.network), config, out)
+    from nope_ros.models.paper_unet import PaperUNetConfig
+
+    share, autoencoder = config.autoencoder_share, None
+    if not config.network.get("vae"):
+        # Once the U-Net has begun, its latents stand still, also where the budget is raised.
+        if not (out / CHECKPOINT).exists():
+            first = of_sizes(AutoencoderLearner, PaperUNetConfig, config.network)
+            _run(first, config, out / "autoencoder", share)
+        autoencoder = out / "autoencoder" / WEIGHTS
+    torch.manual_seed(config.seed)  # whether or not the autoencoder was trained just now
+
+    def paper_unet(sizes: PaperUNetConfig) -> Learner:
+        return PaperUNetLearner(sizes, autoencoder, config.distance)
+
+    prepared = None if autoencoder is None else autoencoder / TRAINING
+    learner = of_sizes(paper_unet, PaperUNetConfig, config.network)
+    return _run(learner, config, out, 1 if autoencoder is None else 1 - share, prepared)
 
 
 _Tensors = tuple[Tensor, ...] | list[Tensor]
@@ -146,7 +226,7 @@ WEIGHTS = "weights"
 
 def _run(
     bare: Learner, config: TrainingConfig, out: Path, share_of_budget: float = 1.0, prepared: Path | None = None
-) -> None:
+) -> int:
     """One training: of a learner, from its checkpoint in ``out`` or from nothing, to its weights there.
 
     Args:
@@ -155,14 +235,14 @@ def _run(
         out: folder.
         share_of_budget: that this training may use.
         prepared: JSON that tells the steps and minutes of what this training builds on.
+
+    Returns:
+        The steps it took, all of its beginnings together.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    before = read_config(Path(config.start)).training if config.start else {}
+    before = read_config(find_weights(config.start)).training if config.start else {}
     if prepared is not None:
         before = json.loads(prepared.read_text(encoding="utf-8"))
-    # A part of the network may be frozen.
-    find_unused = DistributedDataParallelKwargs(find_unused_parameters=config.kind == "paper_unet")
-    accelerator = Accelerator(mixed_precision="bf16", cpu=not torch.cuda.is_available(), kwargs_handlers=[find_unused])
+    accelerator = Accelerator(mixed_precision="bf16", cpu=not torch.cuda.is_available())
     bare.to(memory_format=bare.memory_format)  # type: ignore[call-overload]  # torch's stubs leave it out
     if config.start:
         bare.start_from(Path(config.start))
@@ -188,7 +268,12 @@ def _run(
     checkpoint = out / CHECKPOINT
     if checkpoint.exists():
         step, spent = _load(checkpoint, bare, average, optimizer)
-        print(f"{out}: resumed after {step} steps, {spent / 60:.1f} minutes")
+        if accelerator.is_main_process:
+            print(f"{out}: resumed after {step} steps, {spent / 60:.1f} minutes")
+    elif accelerator.is_main_process:
+        out.mkdir(parents=True, exist_ok=True)
+    if accelerator.num_processes > 1 and len(set(gather_object([step]))) > 1:
+        raise InputError(f"{out}: not every process sees the same checkpoint; use a folder that all machines share")
     dataset.first_batch = step
     loader = DataLoader(
         dataset, batch_size=None, num_workers=config.workers, prefetch_factor=4 if config.workers else None
@@ -226,7 +311,7 @@ def _run(
         step += 1
         running.append(loss.item())
         now = time.monotonic()
-        spent, last = spent + now - last, now
+        spent, last = _of_the_first(spent + now - last, accelerator), now
         if accelerator.is_main_process and (step % 20 == 0 or share() >= 1):
             # Time left, as far as it is time that ends the run.
             left = (budget - spent) / 60 if budget_steps is None else spent / 60 * (1 / share() - 1)
@@ -234,16 +319,19 @@ def _run(
             _log(out, row | bare.figures())
             running.clear()
         judged = share() >= 1 or spent >= next_validation
-        if accelerator.is_main_process and (judged or spent >= next_checkpoint):
-            next_checkpoint = spent + CHECKPOINT_SECONDS
-            _save(checkpoint, learner=bare, average=average, optimizer=optimizer, step=step, spent=spent)
-            last = time.monotonic()  # neither writing nor validation is training time
-        if accelerator.is_main_process and judged:
+        if not judged and spent < next_checkpoint:
+            continue
+        next_checkpoint = spent + CHECKPOINT_SECONDS
+        if judged:
             next_validation = spent + config.validate_minutes * 60
-            row = validate(average, validation, accelerator)
-            _log(out, {"step": step, "minutes": spent / 60, **{f"val_{k}": v for k, v in row.items()}})
-            plot(out, bare.curves)
-            last = time.monotonic()
+        if accelerator.is_main_process:
+            _save(checkpoint, learner=bare, average=average, optimizer=optimizer, step=step, spent=spent)
+            if judged:
+                row = validate(average, validation, accelerator)
+                _log(out, {"step": step, "minutes": spent / 60, **{f"val_{k}": v for k, v in row.items()}})
+                plot(out, bare.curves)
+        accelerator.wait_for_everyone()
+        last = time.monotonic()  # neither writing nor validation is training time
     if accelerator.is_main_process:
         finished = average.module
         assert isinstance(finished, Learner)
@@ -251,6 +339,16 @@ def _run(
         if before:  # what a start had cost counts too
             total |= {f"own_{key}": value for key, value in (("steps", step), ("minutes", round(spent / 60, 1)))}
         finished.export(out / WEIGHTS, total)
+    accelerator.wait_for_everyone()  # what comes next may read the weights
+    return step
+
+
+def _of_the_first(seconds: float, accelerator: Accelerator) -> float:
+    """The first process's time: by clocks of their own, one would end while others wait for its gradients."""
+    if accelerator.num_processes == 1:
+        return seconds
+    clock: float = broadcast(torch.tensor(seconds, dtype=torch.float64, device=accelerator.device)).item()
+    return clock
 
 
 @torch.inference_mode()
