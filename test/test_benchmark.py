@@ -1,12 +1,14 @@
 """The benchmark at sizes that take no time: what it counts is checked, not how fast this machine is."""
 
 import dataclasses
+import io
 import json
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from nope_ros.cli import main
 from nope_ros.estimator import PoseEstimator
@@ -95,6 +97,28 @@ def test_limits_follow_from_the_rates(measured):
     )
     assert step.limit_seconds == pytest.approx(slowest)
     assert step.ratio == pytest.approx(step.seconds / step.limit_seconds)
+
+
+def test_the_limit_of_a_rotation_is_that_of_its_parts(measured, frames):
+    ours, copy = measured.ours, 1e9 * measured.machine.copy_gigabytes_per_second
+    image = frames[0].image.nbytes + frames[0].mask.nbytes
+    whole = ours.image_to_rotation
+    assert whole.bytes == image + ours.encode.bytes + ours.match_free.bytes
+    assert whole.limit_seconds == pytest.approx(
+        image / copy + ours.encode.limit_seconds + ours.match_free.limit_seconds
+    )
+    assert 1e3 * whole.seconds == pytest.approx(np.median(ours.image_to_rotation_ms))
+    assert json.loads(json.dumps(measured.to_dict()))["ours"]["image_to_rotation"]["bytes"] == whole.bytes
+
+
+def test_the_terminal_shows_limits_and_all_that_one_object_holds(measured):
+    console = Console(width=110, record=True, file=io.StringIO())
+    console.print(measured.table())
+    shown = console.export_text()
+    ours = measured.ours
+    for cell in (*ours.encode.cells(), f"{(ours.object_bytes + ours.shared_bytes) / 1e6:.1f} MB"):
+        assert cell in shown, cell
+    assert measured.machine.kind == "cpu"
 
 
 def test_every_step_is_reported(estimator, paper, frames):

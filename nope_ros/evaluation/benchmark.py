@@ -16,7 +16,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import cycle
@@ -58,6 +58,7 @@ class Machine:
 
     Attributes:
         device: that ran the networks, in words.
+        kind: of device: "cpu" or "cuda".
         threads: CPU threads of both sides.
         load: processes that wanted to run in the last minute, ours not yet among them; above zero, times are too long.
         torch: its version.
@@ -67,6 +68,7 @@ class Machine:
     """
 
     device: str
+    kind: str
     threads: int
     load: float
     torch: str
@@ -100,6 +102,10 @@ class Step:
         """Plain values."""
         return {**asdict(self), "ratio": self.ratio}
 
+    def cells(self) -> tuple[str, str, str, str]:
+        """Bytes moved, operations, the limit, and how many times the limit it took, in words."""
+        return step_cells(self.to_dict())
+
 
 @dataclass(frozen=True)
 class Ours:
@@ -111,6 +117,7 @@ class Ours:
         encode: one crop to its latent.
         match_341: a query's latent against the paper's viewpoints.
         match_free: the same against every rotation of the free grid.
+        image_to_rotation: the median of the next; its limit is the sum of its parts': an image read, encoded, matched.
         image_to_rotation_ms: (repeats,) image, mask and calibration to pose and distribution, on the free grid.
         image_to_pose_ms: (repeats,) the same with the estimator's refinement.
         object_bytes: held for one object, with gravity known.
@@ -122,10 +129,16 @@ class Ours:
     encode: Step
     match_341: Step
     match_free: Step
+    image_to_rotation: Step
     image_to_rotation_ms: Array
     image_to_pose_ms: Array
     object_bytes: int
     shared_bytes: int
+
+    @property
+    def alone_bytes(self) -> int:
+        """What a single object needs: its own, and what it would share with others."""
+        return self.object_bytes + self.shared_bytes
 
 
 @dataclass(frozen=True)
@@ -187,6 +200,7 @@ class Benchmark:
             "image_to_rotation_ms": _percentiles(ours.image_to_rotation_ms),
             "image_to_pose_ms": _percentiles(ours.image_to_pose_ms),
             "object_megabytes": ours.object_bytes / 1e6,
+            "object_alone_megabytes": ours.alone_bytes / 1e6,
             "ours": {
                 "registration_next_seconds": ours.registration_next_seconds,
                 "shared_megabytes": ours.shared_bytes / 1e6,
@@ -195,6 +209,7 @@ class Benchmark:
                 "encode": ours.encode.to_dict(),
                 "match_341": ours.match_341.to_dict(),
                 "match_free": ours.match_free.to_dict(),
+                "image_to_rotation": ours.image_to_rotation.to_dict(),
             },
             "paper": {
                 "unet_parameters": paper.parameters,
@@ -218,46 +233,52 @@ class Benchmark:
             title=f"{self.machine.device}, {self.machine.threads} threads, PyTorch {self.machine.torch}",
             title_justify="left",
         )
-        for column in ("", "the paper's way", "× limit", "ours", "× limit", "times less"):
+        for column in ("", "time", "moved", "operations", "limit", "× limit"):
             table.add_column(column, justify="left" if not column else "right")
 
-        def row(name: str, theirs: Step, mine: Step) -> None:
-            less = f"{theirs.seconds / mine.seconds:,.0f}"
-            cells = (_time(theirs.seconds), f"{theirs.ratio:.1f}", _time(mine.seconds), f"{mine.ratio:.1f}", less)
-            table.add_row(name, *cells)
+        def row(name: str, seconds: float, step: Step | None = None) -> None:
+            table.add_row(name, _time(seconds), *(("", "", "", "") if step is None else step.cells()))
 
-        mine = ours.registration
-        cells = (_time(mine.seconds), f"{mine.ratio:.1f}", f"{self.speedup:,.0f}")
         grid = len(free_rotations())
-        table.add_row(
-            f"registration: {paper.templates} templates; ours {grid}", _time(paper.registration_seconds), "", *cells
-        )
-        batched = paper.registration_batched_seconds
-        table.add_row(
-            "  theirs in batches; our next object",
-            _time(batched),
-            "",
-            _time(ours.registration_next_seconds),
-            "",
-            f"{batched / ours.registration_next_seconds:,.0f}",
-        )
-        table.add_row("  one template", _time(paper.template.seconds), f"{paper.template.ratio:.1f}", "", "", "")
-        row("encoding one image", paper.encode, ours.encode)
-        row(f"matching {paper.templates}", paper.match, ours.match_341)
-        table.add_row(f"matching {grid}", "", "", _time(ours.match_free.seconds), f"{ours.match_free.ratio:.1f}", "")
-        for name, milliseconds in (("rotation", ours.image_to_rotation_ms), ("refined pose", ours.image_to_pose_ms)):
+        table.add_row("the paper's way", style="bold")
+        row(f"  registration: {paper.templates} templates", paper.registration_seconds)
+        row("  the same in batches", paper.registration_batched_seconds)
+        row("  one template", paper.template.seconds, paper.template)
+        row("  encoding one image", paper.encode.seconds, paper.encode)
+        row(f"  matching {paper.templates}", paper.match.seconds, paper.match)
+        table.add_row("  one object", f"{paper.object_bytes / 1e6:.1f} MB")
+        table.add_section()
+        table.add_row("ours", style="bold")
+        row(f"  registration: {grid} rotations", ours.registration.seconds, ours.registration)
+        row("  the next object", ours.registration_next_seconds)
+        row("  encoding one image", ours.encode.seconds, ours.encode)
+        row(f"  matching {paper.templates}", ours.match_341.seconds, ours.match_341)
+        row(f"  matching {grid}", ours.match_free.seconds, ours.match_free)
+        for name, milliseconds, step in (
+            ("rotation", ours.image_to_rotation_ms, ours.image_to_rotation),
+            ("refined pose", ours.image_to_pose_ms, None),
+        ):
             for percentile, value in _percentiles(milliseconds).items():
-                table.add_row(f"image to {name}, {percentile}", "", "", _time(value / 1e3), "", "")
-        table.add_row(
-            "one object",
-            f"{paper.object_bytes / 1e6:.1f} MB",
-            "",
-            f"{ours.object_bytes / 1e6:.1f} MB",
-            "",
-            f"{paper.object_bytes / ours.object_bytes:.1f}",
-        )
-        table.add_row("  held once for all objects", "", "", f"{ours.shared_bytes / 1e6:.1f} MB", "", "")
+                row(f"  image to {name}, {percentile}", value / 1e3, step if percentile == "p50" else None)
+        table.add_row("  one object", f"{ours.object_bytes / 1e6:.1f} MB")
+        table.add_row("  one object with what all share", f"{ours.alone_bytes / 1e6:.1f} MB")
+        table.add_section()
+        next_less = paper.registration_batched_seconds / ours.registration_next_seconds
+        table.add_row("registration, times less", f"{self.speedup:,.0f}")
+        table.add_row("  the next object, theirs in batches", f"{next_less:,.0f}")
+        table.add_row("encoding, times less", f"{paper.encode.seconds / ours.encode.seconds:,.0f}")
+        table.add_row("matching, times less", f"{paper.match.seconds / ours.match_341.seconds:,.1f}")
         return table
+
+
+def step_cells(step: Mapping[str, float]) -> tuple[str, str, str, str]:
+    """Bytes moved, operations, the limit and how many times the limit it took, of a step's plain values, in words."""
+    scale, prefix = next(pair for pair in _PREFIXES if step["operations"] >= pair[0] or pair[0] == 1e6)
+    operations = f"{step['operations'] / scale:.3g} {prefix}"
+    return f"{step['bytes'] / 1e6:.3g} MB", operations, _time(step["limit_seconds"]), f"{step['ratio']:.1f}"
+
+
+_PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"))
 
 
 def _percentiles(milliseconds: Array) -> dict[str, float]:
@@ -353,6 +374,7 @@ def benchmark(
         theirs = _time_paper(paper, frames[0], clock, templates, report)
     machine = Machine(
         device=_device_name(predictor.device),
+        kind=predictor.device.type,
         threads=torch.get_num_threads(),
         load=load,
         torch=torch.__version__,
@@ -430,6 +452,9 @@ def _time_ours(
         moment = next(queue)
         estimator.estimate(moment.image, moment.mask, moment.camera, registered, prior="free")
 
+    looks = clock.times(image_to_rotation, repeats)
+    reading = clock.step(0.0, 0, first.image.nbytes + first.mask.nbytes, torch.float32)
+    parts = (reading, encode, steps[1])
     with_gravity = estimator.register_frame(frame, gravity_camera=level)
     shared = _storages([bank.turns])
     own = {
@@ -443,7 +468,13 @@ def _time_ours(
         encode=encode,
         match_341=steps[0],
         match_free=steps[1],
-        image_to_rotation_ms=1e3 * clock.times(image_to_rotation, repeats),
+        image_to_rotation=Step(
+            seconds=float(np.median(looks)),
+            operations=sum(part.operations for part in parts),
+            bytes=sum(part.bytes for part in parts),
+            limit_seconds=sum(part.limit_seconds for part in parts),
+        ),
+        image_to_rotation_ms=1e3 * looks,
         image_to_pose_ms=1e3 * clock.times(image_to_pose, repeats),
         object_bytes=sum(own.values()),
         shared_bytes=sum(shared.values()) + bank.rotations.nbytes,

@@ -5,7 +5,8 @@ either, or neither, by the error that the network expects. With ``--depth``, ref
 camera: then also with offsets fitted in depth, with the templates' answer slid onto the surface, and the answer is the
 one of all these whose surfaces fit best. Rotation, roll and harm are judged where the templates are
 right (within 20°, modulo the object's symmetry): what is lost before cannot be refined. With ``--mesh-templates``
-objects are registered from their meshes, in place of one image each.
+objects are registered from their meshes; a second and a third table compare that with one image each, on the queries
+that both have.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from rich.progress import track
 from rich.table import Table
 from scipy.spatial import KDTree
 
-from nope_ros.correspondence import CorrespondenceRefiner
+from nope_ros.correspondence import CorrespondenceRefiner, Found
 from nope_ros.crop import Crop
 from nope_ros.distribution import CONFIDENCE_RADIUS
 from nope_ros.estimator import PoseEstimator, RegisteredObject
@@ -32,9 +33,9 @@ from nope_ros.evaluation.meshes import MESH_SUFFIXES, RADIUS_WITH_DEPTH, mesh_se
 from nope_ros.evaluation.photos import photo_set
 from nope_ros.evaluation.protocol import EvaluationObject, EvaluationSet, View
 from nope_ros.frame import Frame, InputError
-from nope_ros.pose import PoseEstimate
+from nope_ros.pose import PoseEstimate, Stage
 from nope_ros.prior import PRIORS, Prior
-from nope_ros.refine import Refined, moved
+from nope_ros.refine import Query, Refined, moved
 from nope_ros.rotations import twist
 from nope_ros.settle import Settling
 from nope_ros.training.mesh import load_mesh
@@ -43,8 +44,12 @@ from nope_ros.video import Walk, farthest
 Array = NDArray[np.float64]
 
 RIGHT_DEG = 20.0
+"""A template is right if its rotation is this near to the truth, modulo the object's symmetry."""
+
 HARM_DEG = 2.0
-TEMPLATE, ANSWER = "template", "answer"
+"""A right template became worse if its error grew by more than this."""
+
+TEMPLATE, AFFINE, OFFSETS, ANSWER = "template", "+ affine", "+ offsets", "answer"
 
 
 @dataclass(frozen=True)
@@ -89,12 +94,13 @@ class Compared:
 
 @dataclass(frozen=True)
 class Pair:
-    """What the stages say of one query: an error for each row, in order, and what the network expected."""
+    """What the stages say of one query, a view by name: an error for each row, in order; what the network expected."""
 
     object_name: str
     errors: dict[str, StageError]
     sigma_deg: float
     compared: Compared
+    query: str = ""
 
     @property
     def right(self) -> bool:
@@ -183,6 +189,18 @@ def _error(
     )
 
 
+def partial_answers(
+    refiner: CorrespondenceRefiner, query: Query, registered: RegisteredObject, template: PoseEstimate, found: Found
+) -> dict[str, PoseEstimate]:
+    """What a look at the templates' answer makes of it by an affine and by offsets, believed or not: a pose by row."""
+    reference = registered.reference_at(template.delta_R, query.crop.R_virtual_camera)
+    rows: tuple[tuple[str, Stage], ...] = ((AFFINE, "affine"), (OFFSETS, "offsets"))
+    return {
+        row: moved(template, refiner.answer(query, registered, template, found, stage), reference)
+        for row, stage in rows
+    }
+
+
 def judge(
     estimator: PoseEstimator,
     refiner: CorrespondenceRefiner,
@@ -206,11 +224,10 @@ def judge(
     def after(estimate: PoseEstimate, refined: Refined | None) -> PoseEstimate:
         return estimate if refined is None else moved(estimate, refined, reference)
 
-    affine, offsets = (
-        after(template, refiner.answer(seen, registered, template, found, stage)) for stage in ("affine", "offsets")
-    )
+    rows = {TEMPLATE: (template, matched)}
+    for row, pose in partial_answers(refiner, seen, registered, template, found).items():
+        rows[row] = pose, looked
     answer = after(template, refiner.concluded(seen, registered, template, found))
-    rows = {"template": (template, matched), "+ affine": (affine, looked), "+ offsets": (offsets, looked)}
     if settle and frame.depth is not None:
         # Where too little of it is known, all stays as it was without.
         settling = Settling.of(seen, registered)
@@ -224,7 +241,7 @@ def judge(
             begin = time.perf_counter() - matched
             answer = settling.best(template, refiner.proposals(seen, registered, template))
             looked = time.perf_counter() - begin
-    rows["answer"] = (answer, looked)
+    rows[ANSWER] = (answer, looked)
     errors = {
         row: _error(pose, registered, query, seen.crop, evaluated, model, seconds)
         for row, (pose, seconds) in rows.items()
@@ -240,7 +257,7 @@ def judge(
         turned=np.array(found.turned),
         right=off < np.degrees(CONFIDENCE_RADIUS),
     )
-    return Pair(evaluated.name, errors, float(np.degrees(found.sigma)), compared)
+    return Pair(evaluated.name, errors, float(np.degrees(found.sigma)), compared, query.name)
 
 
 def judge_set(
@@ -256,7 +273,7 @@ def judge_set(
     within_deg: float = 90.0,
     progress: bool = False,
 ) -> Iterator[Pair]:
-    """All stages of all queries of a set.
+    """All stages of all queries of a set; ADD where the set is of meshes.
 
     Args:
         found: the set.
@@ -274,12 +291,13 @@ def judge_set(
     console = Console(stderr=True, quiet=not progress)
     for evaluated in track(found.objects(), found.kind, total=found.count, console=console):
         model, whole = _Model(None), None
-        if mesh_folder is not None:
-            mesh = load_mesh(_file(mesh_folder, evaluated.name)).normalised()[0]
+        if found.kind == "meshes":
+            mesh = load_mesh(_file(Path(found.source), evaluated.name)).normalised()[0]
             if depth:
                 mesh = replace(mesh, vertices=mesh.vertices * np.float32(RADIUS_WITH_DEPTH))
             step = max(1, len(mesh.vertices) // 500)
             model = _Model(mesh.vertices[::step].astype(np.float64))
+        if mesh_folder is not None:
             down = None if prior == "free" else np.array([0.0, 0.0, -1.0])
             whole = estimator.register_mesh(mesh, object_id="mesh", gravity_object=down)
         pairs = {(0, query) for _, query in evaluated.pairs} if whole is not None else set(evaluated.pairs)
@@ -351,6 +369,14 @@ def table(pairs: Sequence[Pair], title: str) -> Table:
     return drawn
 
 
+def shared(one: Sequence[Pair], other: Sequence[Pair]) -> tuple[list[Pair], list[Pair]]:
+    """Those of both sides whose query the other side has too; a side may have a query under several references."""
+    first, second = ({(pair.object_name, pair.query) for pair in side} for side in (one, other))
+    both = first & second
+    kept = [[pair for pair in side if (pair.object_name, pair.query) in both] for side in (one, other)]
+    return kept[0], kept[1]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -393,32 +419,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
             pairs=given.pairs,
             depth=given.depth,
         )
-    folder = given.dir if given.mesh_templates else None
-    pairs = list(
-        judge_set(
-            found,
-            estimator,
-            refiner,
-            given.protocol,
-            mesh_folder=folder,
-            keyframes=given.keyframes,
-            depth=given.depth,
-            progress=True,
+
+    def judged(mesh_folder: Path | None) -> list[Pair]:
+        return list(
+            judge_set(
+                found,
+                estimator,
+                refiner,
+                given.protocol,
+                mesh_folder=mesh_folder,
+                keyframes=0 if mesh_folder is not None else given.keyframes,
+                depth=given.depth,
+                progress=True,
+            )
         )
-    )
+
+    depth = ", depth" if given.depth else ""
+    from_views = (f"a walk of {given.keyframes} views" if given.keyframes else "one image") + depth
+    if given.mesh_templates:
+        mode = f"mesh templates{depth}"
+        pairs = judged(given.dir)
+        sides = dict(zip((mode, from_views), shared(pairs, judged(None)), strict=True))
+    else:
+        mode, pairs, sides = from_views, judged(None), {}
     if not pairs:
         print("nothing was evaluated: the set has no pairs for this protocol")
         return 1
-    mode = f"a walk of {given.keyframes} views" if given.keyframes else "one image"
-    mode = "mesh templates" if given.mesh_templates else mode
-    mode += ", depth" if given.depth else ""
     console = Console()
     console.width = max(console.width, 150)
     console.print(table(pairs, f"{given.kind}, {given.protocol}, {mode}"))
+    for side, same in sides.items():
+        if same:
+            console.print(table(same, f"the queries of both, {side}"))
     if given.json is not None:
-        rows = {row: asdict(StageFigures.of(pairs, row)) for row in pairs[0].errors}
-        given.json.write_text(json.dumps({"rows": rows, "queries": [asdict(pair) for pair in pairs]}, indent=1) + "\n")
+        values: dict[str, object] = {"rows": _figures(pairs), "queries": [asdict(pair) for pair in pairs]}
+        if sides and all(sides.values()):
+            values["same_queries"] = {side: _figures(same) for side, same in sides.items()}
+        given.json.write_text(json.dumps(values, indent=1, default=np.ndarray.tolist) + "\n", encoding="utf-8")
     return 0
+
+
+def _figures(pairs: Sequence[Pair]) -> dict[str, dict[str, float]]:
+    return {row: asdict(StageFigures.of(pairs, row)) for row in pairs[0].errors}
 
 
 if __name__ == "__main__":
