@@ -406,6 +406,9 @@ class CorrespondenceRefiner:
         R_camera_virtual = query.crop.R_virtual_camera.T
         delta_R = R_camera_virtual @ R_virtual @ registered.R_virtual_camera
         best, *others = found.modes
+        if estimate.stage == "tracking" and registered.rendered is None:
+            # What many frames say of how a thing is turned is surer than what one comparison with one image says.
+            delta_R, covariance = best.R, None
         placed = self._placed(stage, query, registered, found, R_camera_virtual @ centre)
         answer, seen = Mode(delta_R, best.probability), found.distribution
         return Refined(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -208,6 +209,27 @@ def test_matches_and_outline_place_an_object_together() -> None:
         shares.append(float((together - outlined) @ along / (along @ along)))
         np.testing.assert_allclose(together, outlined + shares[-1] * along, atol=1e-9)
     assert 0.2 < shares[0] < 0.6 < shares[1] < 0.95
+
+
+def test_what_was_tracked_keeps_its_rotation_and_is_placed() -> None:
+    estimator = PoseEstimator.from_pretrained(device="cpu", refinement="correspondence")
+    mesh = procedural_object(FIRST_UNSEEN_SEED + 2).normalised()[0]
+    down, K = np.array([0.0, 0.0, -1.0]), np.array([[600.0, 0, 319.5], [0, 600.0, 239.5], [0, 0, 1]])
+    frames, gravity = [], []
+    for direction in ([1.0, 0.0, 0.5], [1.0, 0.15, 0.5]):
+        R = look_at(np.array(direction))
+        view = render(mesh, R, np.array([0.0, 0.0, 5.0]), K, 640, 480)
+        frames.append(Frame.from_arrays(view.rgb, view.mask, K))
+        gravity.append(R @ down)
+    registered = estimator.register_frame(frames[0], gravity_camera=gravity[0], reference_distance=5.0)
+    query = estimator.look(frames[1], gravity[1])
+    alone = estimator.match(query, registered)
+    tracked = replace(alone, stage="tracking")
+    kept, turned = (estimator.refine(query, registered, one) for one in (tracked, alone))
+    np.testing.assert_allclose(kept.delta_R, tracked.delta_R, atol=1e-12)
+    np.testing.assert_allclose(kept.covariance[3:, 3:], tracked.covariance[3:, 3:], atol=1e-9)
+    assert np.abs(kept.t_camera_object - tracked.t_camera_object).max() > 1e-4
+    assert geodesic_distance(turned.delta_R, alone.delta_R) > np.radians(0.1)
 
 
 def test_what_is_learned_from_agrees_with_itself(tmp_path: Path) -> None:
