@@ -513,6 +513,23 @@ def test_bag_is_read_back(ros, tmp_path):
         open_recording(tmp_path / "broken.mcap")
 
 
+def test_rectified_images_of_a_bag_are_not_undistorted_again(ros, tmp_path):
+    from nope_ros.demo.register import Source
+
+    moments = [half_size(moment) for moment in open_recording(SEQUENCE, limit=3)]
+    bent = [
+        replace(one, camera=replace(one.camera, distortion=(-0.3, 0.1, 0.0, 0.0, 0.0), model="plumb_bob"))
+        for one in moments
+    ]
+    write_bag(tmp_path / "rect.mcap", bent, gravity=False)
+    for rectified in (False, True):
+        cameras = [one.camera for one in open_recording(tmp_path / "rect.mcap", rectified=rectified)]
+        assert [one.distorted for one in cameras] == [not rectified] * 3
+    plain, right = (Source(bag=tmp_path / "rect.mcap", rectified=one).walk(32).views for one in (False, True))
+    straight = [view.crop.image for view in right]
+    assert any((view.crop.image != crop).any() for view, crop in zip(plain, straight, strict=True))
+
+
 def test_depth_of_a_bag_is_that_of_the_image(ros, tmp_path):
     moments = [half_size(moment) for moment in open_recording(SEQUENCE, limit=5)]
     metres = [0.5, 0.6, 0.7, 0.8, 0.9]

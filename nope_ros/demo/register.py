@@ -47,7 +47,7 @@ _WALKS = ("folder", "bag", "video")
 _BELONGS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("masks", "camera"), ("video",)),
     "ordered": ("folder",),
-    **dict.fromkeys(("fixed_frame", "gravity_frame", "imu_topic", "instance"), ("bag",)),
+    **dict.fromkeys(("fixed_frame", "gravity_frame", "imu_topic", "instance", "rectified"), ("bag",)),
     **dict.fromkeys(("image_topic", "mask_topic", "camera_info_topic", "depth_topic"), ("bag",)),
     **dict.fromkeys(("poses", "z_up", "not_metric", "keyframes", "reference_distance"), _WALKS),
     "up": ("mesh",),
@@ -204,6 +204,7 @@ class Source:
     mask_topic: str = ""
     camera_info_topic: str = ""
     depth_topic: str = ""
+    rectified: bool = False
     instance: int = 0
 
     @classmethod
@@ -259,7 +260,13 @@ class Source:
             path = self.bag or self.folder
             assert path is not None
             topics = Topics(self.image_topic, self.mask_topic, self.camera_info_topic)
-            recording = open_recording(path, topics=topics, depth_topic=self.depth_topic, instance=self.instance)
+            recording = open_recording(
+                path,
+                topics=topics,
+                depth_topic=self.depth_topic,
+                rectified=self.rectified,
+                instance=self.instance,
+            )
             if isinstance(recording, BagRecording) != (self.bag is not None):
                 raise InputError(f"{path}: is a {'folder' if self.bag else 'bag'}; give it as such")
             if isinstance(recording, BagRecording):
@@ -416,6 +423,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}-topic", default="", help="of --bag, where there are several")
     parser.add_argument(
         "--depth-topic", default="", help="of --bag: registered to the image; found if one has its frame and size"
+    )
+    parser.add_argument(
+        "--rectified",
+        action="store_true",
+        help="of --bag: its images are undistorted already (image_rect): P of camera_info holds, not K and D",
     )
     parser.add_argument("--instance", type=int, default=0, help="of --bag: id of the object in the mask")
     parser.add_argument(

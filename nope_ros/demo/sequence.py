@@ -129,6 +129,7 @@ def open_recording(
     *,
     topics: Topics | None = None,
     depth_topic: str | None = None,
+    rectified: bool = False,
     instance: int = 0,
     reference: int = 0,
     limit: int | None = None,
@@ -139,6 +140,7 @@ def open_recording(
         path: folder with poses.json, bag folder with metadata.yaml, or an .mcap or .db3 file.
         topics: of a bag.
         depth_topic: of a bag: depth registered to the image; empty: found if there is one; None: not read.
+        rectified: whether a bag's images are undistorted already, so that P of camera_info holds, not K and D.
         instance: id of the object in a bag's mask; 0: whatever is above 0.
         reference: index of a folder's reference frame, which is moved to the front.
         limit: most frames, evenly spread over the sequence (of a bag: the first ones).
@@ -153,11 +155,14 @@ def open_recording(
         raise InputError(f"frames: {limit} is not positive")
     if (path / POSES_FILE).is_file():
         return FolderRecording(path, reference=reference, limit=limit)
-    if path.suffix in BAG_SUFFIXES or (path / "metadata.yaml").is_file():
-        return BagRecording(path, topics or Topics(), depth_topic=depth_topic, instance=instance, limit=limit)
-    inside = sorted(entry for entry in path.iterdir() if entry.suffix in BAG_SUFFIXES) if path.is_dir() else []
-    if len(inside) == 1:
-        return BagRecording(inside[0], topics or Topics(), depth_topic=depth_topic, instance=instance, limit=limit)
+    bag = path
+    if not (path.suffix in BAG_SUFFIXES or (path / "metadata.yaml").is_file()):
+        inside = sorted(entry for entry in path.iterdir() if entry.suffix in BAG_SUFFIXES) if path.is_dir() else []
+        bag = inside[0] if len(inside) == 1 else Path()
+    if bag != Path():
+        return BagRecording(
+            bag, topics or Topics(), depth_topic=depth_topic, rectified=rectified, instance=instance, limit=limit
+        )
     raise InputError(
         f"{path}: neither a sequence (a folder with {POSES_FILE}, images and masks) nor a bag (a folder with "
         "metadata.yaml, or an .mcap or .db3 file)"
@@ -252,10 +257,12 @@ class BagRecording(Recording):
         topics: Topics,
         *,
         depth_topic: str | None = None,
+        rectified: bool = False,
         instance: int = 0,
         limit: int | None = None,
     ) -> None:
         self.path = path
+        self.rectified = rectified
         self.name = path.stem
         self.instance = instance
         self.limit = limit
@@ -374,7 +381,7 @@ class BagRecording(Recording):
             name=f"{stamp / 1e9:.3f}",
             image=messages.image_array(image),
             mask=object_mask,
-            camera=messages.camera(camera_info),
+            camera=messages.camera(camera_info, rectified=self.rectified),
             frame_id=image.header.frame_id or "camera",
             stamp=stamp,
             before=before,

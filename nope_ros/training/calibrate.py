@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from torch import Tensor
 
 from nope_ros.crop import Crop
 from nope_ros.distribution import RotationDistribution
+from nope_ros.frame import InputError
 from nope_ros.latent import (
     CONFIG_FILE,
     ErrorModel,
@@ -388,4 +390,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"calibrate: {error}")

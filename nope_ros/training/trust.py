@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from nope_ros.correspondence import CORRESPONDENCE_WEIGHTS, CorrespondenceRefine
 from nope_ros.estimator import PoseEstimator
 from nope_ros.evaluation.meshes import MESH_SUFFIXES, mesh_set, procedural_set
 from nope_ros.evaluation.stages import HARM_DEG, Pair, judge_set
+from nope_ros.frame import InputError
 from nope_ros.latent import CONFIG_FILE
 from nope_ros.prior import PRIORS, Prior
 from nope_ros.training.pairs import DataConfig
@@ -300,4 +302,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"trust: {error}")
