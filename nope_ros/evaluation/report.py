@@ -490,6 +490,7 @@ def _goals(
             reached = value <= bound if below else value >= bound
             row(what, wanted, value, f"{value:,.3g}{unit}" if below else f"{value:,.0f}", reached)
     yield "## Goals\n"
+    yield "Stages one by one, and tracking, have [a document](refinement.md) and goals of their own.\n"
     yield _table(["figure", "goal", "measured", "reached"], rows)
     missed += [line[0] for line in rows if line[-1] == "no"]
     told = [text for begins, text in _REASONS if any(name.startswith(begins) for name in missed)]
