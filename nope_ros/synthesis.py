@@ -258,7 +258,7 @@ class SynthesisRefiner:
         rotations = left @ (estimate.mode_rotations @ right)
         masses = np.array([mode.probability for mode in estimate.modes])
         values = np.empty(len(rotations))
-        for members, likelihood, R_view_reference in _likelihoods(query, registered, estimate.prior, rotations):
+        for members, likelihood, R_view_reference in likelihoods(query, registered, estimate.prior, rotations):
             down = registered.gravity_virtual
             freedom = Freedom(estimate.prior, None if down is None else R_view_reference @ down, query.gravity_virtual)
             starts = rotations[members] @ R_view_reference.T
@@ -278,7 +278,7 @@ class SynthesisRefiner:
         return [] if refined is None else [refined]
 
 
-def _likelihoods(
+def likelihoods(
     query: Query, registered: RegisteredObject, prior: Prior, rotations: Array
 ) -> list[tuple[NDArray[np.intp], Objective, Array]]:
     """What is climbed from rotations (K, 3, 3): indices, objective, rotation (3, 3) from the reference to its view."""

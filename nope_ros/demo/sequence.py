@@ -155,13 +155,12 @@ def open_recording(
         raise InputError(f"frames: {limit} is not positive")
     if (path / POSES_FILE).is_file():
         return FolderRecording(path, reference=reference, limit=limit)
-    bag = path
+    bags = [path]
     if not (path.suffix in BAG_SUFFIXES or (path / "metadata.yaml").is_file()):
-        inside = sorted(entry for entry in path.iterdir() if entry.suffix in BAG_SUFFIXES) if path.is_dir() else []
-        bag = inside[0] if len(inside) == 1 else Path()
-    if bag != Path():
+        bags = [entry for entry in path.iterdir() if entry.suffix in BAG_SUFFIXES] if path.is_dir() else []
+    if len(bags) == 1:
         return BagRecording(
-            bag, topics or Topics(), depth_topic=depth_topic, rectified=rectified, instance=instance, limit=limit
+            bags[0], topics or Topics(), depth_topic=depth_topic, rectified=rectified, instance=instance, limit=limit
         )
     raise InputError(
         f"{path}: neither a sequence (a folder with {POSES_FILE}, images and masks) nor a bag (a folder with "

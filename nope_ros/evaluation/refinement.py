@@ -35,12 +35,11 @@ from nope_ros.evaluation.protocol import EvaluationObject, EvaluationSet, genera
 from nope_ros.evaluation.stages import HARM_DEG, RIGHT_DEG, TEMPLATE, partial_answers
 from nope_ros.evaluation.symmetry import NO_SYMMETRY, Symmetry
 from nope_ros.frame import Frame, InputError
-from nope_ros.models.rotated_latent import bandwidth_of
 from nope_ros.pose import PoseEstimate
 from nope_ros.prior import FREEDOM, PRIORS, Prior
 from nope_ros.refine import DEFAULT_REFINEMENT, REFINEMENTS, Query, Refinement
 from nope_ros.rotations import exp, geodesic_distance, log, twist
-from nope_ros.synthesis import Freedom, HarmonicObjective, climb, objective
+from nope_ros.synthesis import Freedom, climb, likelihoods
 from nope_ros.tracking import Tracker
 
 Array = NDArray[np.float64]
@@ -317,11 +316,7 @@ def on_starts(found: EvaluationSet, estimator: PoseEstimator, limit: int, seed: 
                 steps *= np.radians(_STARTS)[:, None, None] / np.linalg.norm(steps, axis=-1, keepdims=True)
                 around = np.repeat(truth[None], len(_STARTS) * _RUNS, axis=0)
                 starts = freedom.turned(around, steps.reshape(len(around), -1))
-                told = registered.harmonics_near(query, prior, starts)
-                if told is None:
-                    likelihood = objective(registered.predictor, query.latent, registered.latent)
-                else:
-                    likelihood = HarmonicObjective(told.double().cpu(), bandwidth_of(told.shape[-1]))
+                ((_, likelihood, _),) = likelihoods(query, registered, prior, starts)  # of one view
                 begun = likelihood(starts).value
                 climbed, at = climb(likelihood, starts, freedom)
                 above[prior].append(at.value < begun)
