@@ -247,8 +247,8 @@ def _bandwidth(surface: Surface) -> int:
 def _by_correlation(a: Surface, b: Surface, count: int = 8) -> list[Array]:
     """Rotations from b to a at which the latents agree best, at least 30° apart."""
     grid = free_rotations()
-    score = free_turns(_bandwidth(a), a.latent.device) @ correlation(a.latent[None], b.latent[None])[0]
-    left = score.double().numpy().copy()
+    score = free_turns(_bandwidth(a), a.latent.device).values(correlation(a.latent[None], b.latent[None]))
+    left = score[:, 0].double().numpy().copy()
     found = []
     for _ in range(count):
         peak = grid[int(np.argmax(left))]

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nope_ros.frame import InputError
-from nope_ros.rotations import exp, icosphere, look_at, rotation_grid, turn_to
+from nope_ros.rotations import exp, grid_rolls, icosphere, look_at, rotation_grid, turn_to
 
 Array = NDArray[np.float64]
 Prior = Literal["free", "upright", "standing"]
@@ -80,6 +80,11 @@ def elevation(gravity_virtual: Array) -> float:
 def free_rotations(level: int = 2) -> Array:
     """Relative rotations (N, 3, 3) between virtual cameras when nothing is known: 4608 of them, 15° apart."""
     return rotation_grid(level)
+
+
+def free_rolls(level: int = 2) -> tuple[Array, Array]:
+    """The same as 192 rotations (V, 3, 3), and 24 rolls (P,), radians, of the reference before each of them."""
+    return grid_rolls(level)
 
 
 def viewpoints(level: int = 3) -> Array:

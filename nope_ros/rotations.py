@@ -133,17 +133,21 @@ def rotation_grid(level: int) -> Array:
     rolls; rolls start at a different angle from cell to cell so that no direction is favoured
     (the Hopf construction of Yershova et al. 2010).
     """
-    directions = _healpix_centres(2**level)
-    rolls = np.arange(6 * 2**level) * (2 * np.pi / (6 * 2**level))
-    polar = np.arccos(directions[:, 2])
-    azimuth = np.arctan2(directions[:, 1], directions[:, 0])
-    angles = np.empty((len(directions), len(rolls), 3))
-    angles[..., 0], angles[..., 1] = azimuth[:, None], polar[:, None]
-    # Roll measured against the direction's own azimuth keeps neighbours aligned: this is the Hopf fibre coordinate.
-    angles[..., 2] = rolls[None] - azimuth[:, None]
-    grid = Rotation.from_euler("ZYZ", angles.reshape(-1, 3)).as_matrix()
+    unrolled, rolls = grid_rolls(level)
+    grid: Array = (unrolled[:, None] @ exp(rolls[:, None] * [0.0, 0.0, 1.0])).reshape(-1, 3, 3)
     grid.setflags(write=False)
     return grid
+
+
+def grid_rolls(level: int) -> tuple[Array, Array]:
+    """What ``rotation_grid`` is made of: rotations (12·4^level, 3, 3) and rolls about z (6·2^level,) before each."""
+    directions = _healpix_centres(2**level)
+    polar = np.arccos(directions[:, 2])
+    azimuth = np.arctan2(directions[:, 1], directions[:, 0])
+    # Roll measured against the direction's own azimuth keeps neighbours aligned: this is the Hopf fibre coordinate.
+    unrolled = Rotation.from_euler("ZYZ", np.stack([azimuth, polar, -azimuth], axis=1)).as_matrix()
+    count = 6 * 2**level
+    return unrolled, np.arange(count) * (2 * np.pi / count)
 
 
 def _healpix_centres(n_side: int) -> Array:

@@ -30,8 +30,8 @@ from nope_ros.crop import Crop, roll_of_gravity, virtual_crop
 from nope_ros.frame import Frame, InputError
 from nope_ros.harmonics import rotate, wigner_d
 from nope_ros.latent import Predictor, RotatedLatentPredictor
-from nope_ros.match import ViewsBank, free_turns, view_weights
-from nope_ros.models.rotated_latent import correlation, flatten_d
+from nope_ros.match import Turns, ViewsBank, free_turns, view_weights
+from nope_ros.models.rotated_latent import correlation
 from nope_ros.pose import Sides, distance_from_depth
 from nope_ros.prior import free_rotations, standing_rotations
 from nope_ros.rotations import exp, geodesic_distance, icosphere, turn_to
@@ -811,7 +811,7 @@ class _Placing:
         latents: (N, (L+1)², C), turned upright where gravity is known.
         level: (N, 3, 3) from each virtual camera's axes to those of its latent.
         grid: (G, 3, 3) what a view's rotation may be: any, or a turn about z.
-        turns: (G, Σ(2l+1)²) the flattened D of the grid.
+        turns: of the grid.
         temperature: of the likelihood.
         ordered: whether neighbours are expected to differ little.
     """
@@ -819,7 +819,7 @@ class _Placing:
     latents: Tensor
     level: Array
     grid: Array
-    turns: Tensor
+    turns: Turns
     temperature: float
     ordered: bool
 
@@ -837,19 +837,20 @@ class _Placing:
         level = np.stack([turn_to(-one) for one in known])
         up = wigner_d(torch.tensor(level, dtype=torch.float32, device=latents.device), _bandwidth(latents))
         grid = standing_rotations(_DOWN, _DOWN)
-        return cls(rotate(latents, up), level, grid, _flattened(grid, latents), temperature, ordered)
+        return cls(rotate(latents, up), level, grid, _turns(grid, latents), temperature, ordered)
 
-    def likelihoods(self, views: Sequence[int], turned: Tensor, turns: Tensor) -> Tensor:
-        """What latents (K, ...) in the common frame say of rotations (G) of each of some views: (V, G, K)."""
+    def likelihoods(self, views: Sequence[int], turned: Tensor) -> Tensor:
+        """What latents (K, ...) in the common frame say of the grid's rotations of each of some views: (V, G, K)."""
         both = [correlation(self.latents[view].expand(len(turned), -1, -1), turned) for view in views]
-        return torch.stack([turns @ one.T for one in both]) / self.temperature
+        values = self.turns.values(torch.cat(both)) / self.temperature
+        return values.unflatten(1, (len(both), len(turned))).transpose(0, 1)
 
     def surest_pairs(self, most: int) -> list[tuple[int, int]]:
         """Pairs to begin with: alike, sure of their rotation, near in time; no view in two of them."""
         count = len(self.latents)
         value = np.full((count, count), -np.inf)
         for i in range(1, count):
-            each = self.likelihoods([i], self.latents[:i], self.turns)[0]
+            each = self.likelihoods([i], self.latents[:i])[0]
             sure = each.max(dim=0).values + torch.log_softmax(each, dim=0).max(dim=0).values
             value[i, :i] = sure.cpu().numpy()
             if self.ordered:
@@ -887,7 +888,7 @@ class _Placing:
         count = len(self.latents)
         edge = np.broadcast_to(np.eye(3), (count, count, 3, 3)).copy()
         for i in range(1, count):
-            each = self.likelihoods([i], self.latents[:i], self.turns)[0].cpu().numpy()
+            each = self.likelihoods([i], self.latents[:i])[0].cpu().numpy()
             best = self.grid[each.argmax(axis=0)]
             edge[i, :i] = self.level[i].T @ best @ self.level[:i]
             edge[:i, i] = np.swapaxes(edge[i, :i], -1, -2)
@@ -916,7 +917,7 @@ class _Placed:
         back = torch.tensor(R.T[None].copy(), dtype=torch.float32, device=placing.latents.device)
         self.turned[view] = rotate(placing.latents[view][None], wigner_d(back, _bandwidth(placing.latents)))[0]
         everyone = range(len(placing.latents))
-        self.says[:, view] = placing.likelihoods(everyone, self.turned[view][None], placing.turns)[..., 0]
+        self.says[:, view] = placing.likelihoods(everyone, self.turned[view][None])[..., 0]
 
     def chances(self, view: int) -> Tensor:
         """Log-probabilities (G,) of a view's rotation on the grid, given the others that are placed."""
@@ -971,7 +972,7 @@ class _Placed:
         for step in np.radians([6.0, 3.0]):
             for _ in range(2):
                 candidates = np.concatenate([R[None], exp(step * axes) @ R])
-                says = _flattened(candidates, placing.latents) @ both.T / placing.temperature
+                says = _turns(candidates, placing.latents).values(both) / placing.temperature
                 best = int(torch.argmax(self._together(view, others, candidates, says)))
                 if best == 0:
                     break
@@ -1003,8 +1004,8 @@ def _bandwidth(latents: Tensor) -> int:
     return round(latents.shape[1] ** 0.5) - 1
 
 
-def _flattened(rotations: Array, latents: Tensor) -> Tensor:
-    return flatten_d(wigner_d(torch.tensor(rotations, dtype=torch.float32, device=latents.device), _bandwidth(latents)))
+def _turns(rotations: Array, latents: Tensor) -> Turns:
+    return Turns.of(rotations, _bandwidth(latents), latents.device)
 
 
 def summary(keyframes: Keyframes) -> list[str]:

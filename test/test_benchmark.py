@@ -73,8 +73,9 @@ def test_bytes_are_those_of_what_is_held(measured, paper, estimator):
     assert measured.paper.object_bytes == 341 * 4 * np.prod(paper.latent_shape)
     numbers = sum((2 * degree + 1) ** 2 for degree in range(4))
     assert measured.ours.match_341.bytes == 341 * 4 * numbers
-    assert measured.ours.match_free.bytes == 4608 * 4 * numbers
-    assert measured.ours.shared_bytes == 4608 * 4 * numbers + 4608 * 9 * 8
+    # A row for each of 192 directions, and 7 terms of a Fourier series for each of 24 rolls.
+    assert measured.ours.match_free.bytes == 192 * 4 * numbers + 7 * 24 * 4
+    assert measured.ours.shared_bytes == 192 * 4 * numbers + 7 * 24 * 4 + 4608 * 9 * 8
     # Turns and rotations of the 642 viewpoints, the latent and the picture of one object.
     latent = 4 * np.prod(estimator.predictor.latent_shape)
     assert measured.ours.object_bytes == 642 * (4 * numbers + 9 * 8) + latent + 32 * 32 * 3

@@ -11,11 +11,13 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from nope_ros import InputError, PoseEstimator
 from nope_ros.distribution import Mode
 from nope_ros.latent import RotatedLatentPredictor
-from nope_ros.match import TemplateBank, predict_bank
+from nope_ros.match import TemplateBank, Turns, free_turns, predict_bank
 from nope_ros.models.rotated_latent import RotatedLatentConfig, RotatedLatentNetwork
 from nope_ros.prior import free_rotations
 from nope_ros.refine import Refined, moved
@@ -85,6 +87,17 @@ def test_matching_without_templates_is_matching_with_them(estimator):
     # Half precision rounds the stored ones.
     shift = stored.log_likelihood - turned.log_likelihood
     assert np.ptp(shift) < 0.03 * np.ptp(turned.log_likelihood)
+
+
+@given(st.integers(0, 6), st.integers(1, 3), st.integers(0, 2**32 - 1))
+@settings(max_examples=20, deadline=None)
+def test_rolls_of_the_grid_are_a_fourier_series(bandwidth, count, seed):
+    numbers = sum((2 * degree + 1) ** 2 for degree in range(bandwidth + 1))
+    harmonics = torch.randn(count, numbers, generator=torch.Generator().manual_seed(seed))
+    few = free_turns(bandwidth, torch.device("cpu"))
+    each = Turns.of(free_rotations(), bandwidth, torch.device("cpu"))
+    assert len(few.rows) * 24 == len(each.rows)
+    torch.testing.assert_close(few.values(harmonics), each.values(harmonics), rtol=0, atol=1e-4)
 
 
 def test_batches_bound_memory_and_change_nothing(estimator):

@@ -18,7 +18,7 @@ from nope_ros.evaluation.protocol import EvaluationObject, EvaluationSet, View
 from nope_ros.evaluation.walk import evaluate_walks
 from nope_ros.frame import Frame
 from nope_ros.harmonics import rotate, wigner_d
-from nope_ros.match import TemplateBank, ViewsBank, predict_bank, view_weights
+from nope_ros.match import TemplateBank, Turns, ViewsBank, predict_bank, view_weights
 from nope_ros.prior import free_rotations
 from nope_ros.rotations import exp, geodesic_distance, icosphere, look_at
 from nope_ros.store import ObjectStore
@@ -393,7 +393,7 @@ def test_views_that_know_a_side_are_not_outvoted_by_those_that_never_saw_it():
     here, there = np.eye(3), exp(np.array([0, np.pi, 0]))
     rotations = np.stack([here, there])
     latents = torch.zeros(2, 81, 5)
-    bank = ViewsBank(rotations, latents, torch.zeros(2, 969), torch.eye(2), rotations)
+    bank = ViewsBank(rotations, latents, Turns(torch.zeros(2, 969)), torch.eye(2), rotations)
     # The first says: as I saw it, surely. The second: the other way round, and little else; but it is not sure at all.
     products = torch.tensor([[9.0, -1.0], [1.0, 1.0]])
     assert bank.fused(products, 0.0).argmax() == 0

@@ -438,7 +438,7 @@ def _time_ours(
     steps = []
     for one in (small, bank):
         seconds = float(np.median(clock.times(partial(one.match, latent, predictor.temperature), repeats)))
-        steps.append(clock.step(seconds, 2 * one.turns.numel(), one.turns.nbytes, torch.float32))
+        steps.append(clock.step(seconds, one.turns.operations, one.turns.nbytes, torch.float32))
 
     report("ours: image to pose")
     queue = cycle(moments)
@@ -456,7 +456,7 @@ def _time_ours(
     reading = clock.step(0.0, 0, first.image.nbytes + first.mask.nbytes, torch.float32)
     parts = (reading, encode, steps[1])
     with_gravity = estimator.register_frame(frame, gravity_camera=level)
-    shared = _storages([bank.turns])
+    shared = _storages(bank.turns.tensors)
     own = {
         **_storages([with_gravity.latent, with_gravity.thumbnail]),
         **_bank_storages(with_gravity.upright_bank),
@@ -495,7 +495,7 @@ def _storages(arrays: Sequence[Tensor | NDArray[Any]]) -> dict[int, int]:
 
 def _bank_storages(bank: object) -> dict[int, int]:
     assert isinstance(bank, HarmonicBank)
-    return _storages([bank.rotations, bank.latent, bank.turns])
+    return _storages([bank.rotations, bank.latent, *bank.turns.tensors])
 
 
 def _time_paper(

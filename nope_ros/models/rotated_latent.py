@@ -12,6 +12,7 @@ Turning keeps norms, so NOPE's likelihood −‖F(e_r, ΔR) − e_q‖² (Nguyen
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -267,6 +268,37 @@ def correlation(latents_query: Tensor, latents_reference: Tensor) -> Tensor:
 def flatten_d(D: list[Tensor]) -> Tensor:
     """D_l blocks (N, 2l+1, 2l+1) side by side: (N, Σ(2l+1)²)."""
     return torch.cat([block.flatten(1) for block in D], dim=1)
+
+
+def by_roll(harmonics: Tensor) -> Tensor:
+    """Functions of rotations as Fourier series: (K, Σ(2l+1)²) to (K, Σ(2l+1)², 2L+1).
+
+    The scalar products of the flattened D(R) with the columns are the terms of
+    f(R R_z(ψ)) = Σ_n a_n cos nψ + b_n sin nψ: first a_0 to a_L, then b_1 to b_L.
+    """
+    bandwidth = bandwidth_of(harmonics.shape[1])
+    order, mirrored = _orders(bandwidth)
+    order, mirrored = order.to(harmonics.device), mirrored.to(harmonics.device)
+    terms = harmonics.new_zeros(*harmonics.shape, 2 * bandwidth + 1)
+    at = torch.arange(len(order), device=harmonics.device)
+    terms[:, at, order.abs()] = harmonics
+    # R_z(ψ) takes column n of D to cos nψ times itself and sin nψ times column −n.
+    rolled = at[order != 0]
+    terms[:, rolled, bandwidth + order[rolled].abs()] = -order[rolled].sign() * harmonics[:, mirrored[rolled]]
+    return terms
+
+
+@cache
+def _orders(bandwidth: int) -> tuple[Tensor, Tensor]:
+    """Of each entry (m, n) of the flattened D: n (Σ(2l+1)²,), and where (m, −n) stands (Σ(2l+1)²,)."""
+    order, mirrored, first = [], [], 0
+    for degree in range(bandwidth + 1):
+        size = 2 * degree + 1
+        block = torch.arange(first, first + size**2).reshape(size, size)
+        order.append((torch.arange(size) - degree).repeat(size))
+        mirrored.append(block.flip(1).flatten())
+        first += size**2
+    return torch.cat(order), torch.cat(mirrored)
 
 
 def turn_harmonics(harmonics: Tensor, R: Tensor) -> Tensor:
