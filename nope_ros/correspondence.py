@@ -22,7 +22,7 @@ from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 from nope_ros.depth import Fit, fit, sampled
-from nope_ros.distribution import Mode, RotationDistribution
+from nope_ros.distribution import CONFIDENCE_RADIUS, Mode, RotationDistribution
 from nope_ros.latent import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -52,7 +52,7 @@ from nope_ros.pose import (
 )
 from nope_ros.prior import constrained
 from nope_ros.refine import Refined, over_modes
-from nope_ros.rotations import exp, geodesic_distance, twist
+from nope_ros.rotations import exp, geodesic_distance, log, twist
 
 if TYPE_CHECKING:
     from nope_ros.estimator import RegisteredObject
@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 Array = NDArray[np.float64]
 
 CORRESPONDENCE_WEIGHTS = Path(__file__).parent / "weights" / "correspondence"
-_FORMAT_VERSION = 2
+_FORMAT_VERSION = 3
 _CACHED_VIEWS = 256
 # Of the direction of gravity, where it takes a turn out of the rotation's errors; radians.
 _GRAVITY_SIGMA = np.radians(2.0)
@@ -75,12 +75,15 @@ _TOLERANCE = 0.12
 
 
 class Trust(BaseModel):
-    """When to believe the network, by the error that it expects of itself.
+    """How far to believe the network.
+
+    Its pose and the templates' are two measurements of one thing, and the answer is their mean, each weighed by its
+    precision: the rotation by the network's expected error and by the width of the templates' mode, the place by what
+    matches and what outlines err.
 
     Attributes:
-        offsets_deg: all six degrees of freedom below this.
-        affine_deg: else, below this, what a 2D affine can say; else nothing.
-        spread: standard deviation of the error about each axis, relative to the expected error.
+        asked: whether the network is asked at all.
+        spread: standard deviation of its rotation's error about each axis, relative to the error that it expects.
         hypotheses: most modes of the templates that are tried.
         first_steps: looks at each of them, before the best goes on.
         steps: looks at the best.
@@ -94,20 +97,14 @@ class Trust(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    offsets_deg: float = Field(ge=0)
-    affine_deg: float = Field(ge=0)
-    spread: float = Field(default=0.63, gt=0)
+    asked: bool = True
+    spread: float = Field(default=1.0, gt=0)
     hypotheses: int = Field(default=4, ge=1, le=16)
     first_steps: int = Field(default=3, ge=1, le=16)
     steps: int = Field(default=8, ge=1, le=32)
     support: float = Field(default=0.5, ge=0)
     from_near: float = Field(default=0.0, ge=0)
     placed: float = Field(default=0.03, gt=0)
-
-    @property
-    def nothing(self) -> bool:
-        """Whether nothing of what the network says is ever used."""
-        return self.affine_deg == self.offsets_deg == 0 and (self.hypotheses == 1 or self.support == 0)
 
 
 class CorrespondenceWeights(BaseModel):
@@ -117,7 +114,7 @@ class CorrespondenceWeights(BaseModel):
         refiner: which class reads the weights.
         format_version: layout of this file and of the weights.
         network: sizes, see ``CorrespondenceConfig``.
-        with_mesh: when to believe the network where depth is known, as of a mesh.
+        with_mesh: how far to believe the network where depth is known, as of a mesh.
         with_depth: the same where a depth camera saw the reference, so that it is known of one side only.
         with_image: and where it is predicted.
         with_walk: the same, where a walk showed the object from many sides, the nearest of which is compared. All are
@@ -131,10 +128,10 @@ class CorrespondenceWeights(BaseModel):
     refiner: str = "correspondence"
     format_version: int = Field(default=_FORMAT_VERSION, ge=1)
     network: dict[str, Any]
-    with_mesh: Trust = Trust(offsets_deg=15.0, affine_deg=20.0)
-    with_depth: Trust = Trust(offsets_deg=10.0, affine_deg=10.0, hypotheses=1, first_steps=1)
-    with_image: Trust = Trust(offsets_deg=10.0, affine_deg=10.0, hypotheses=4, first_steps=1, steps=1)
-    with_walk: Trust = Trust(offsets_deg=0.0, affine_deg=0.0, hypotheses=1, first_steps=1, steps=1)
+    with_mesh: Trust = Trust()
+    with_depth: Trust = Trust(hypotheses=1, first_steps=1)
+    with_image: Trust = Trust(first_steps=1, steps=1)
+    with_walk: Trust = Trust(asked=False, hypotheses=1, first_steps=1, steps=1)
     licence: str = "Apache-2.0"
     training: dict[str, Any] = Field(default_factory=dict)
 
@@ -258,24 +255,15 @@ class CorrespondenceRefiner:
         return cls(network, weights, device)
 
     def refine(self, query: Query, registered: RegisteredObject, estimate: PoseEstimate) -> Refined | None:
-        """A finer pose, or another mode where it is seen better; None where nothing is to be changed."""
-        if self._trust(registered).nothing:
+        """A finer pose, or another mode where it is seen better; None where the network is not asked."""
+        if not self.trust(registered).asked:
             return None
-        return self.concluded(query, registered, estimate, self.look(query, registered, estimate))
-
-    def concluded(
-        self, query: Query, registered: RegisteredObject, estimate: PoseEstimate, found: Found
-    ) -> Refined | None:
-        """``refine``, of what ``look`` found."""
-        stage = self.stage(registered, estimate, found)
-        if stage is None and len(found.tried) < 2:
-            return None
-        return self.answer(query, registered, estimate, found, stage)
+        return self.answer(query, registered, estimate, self.look(query, registered, estimate))
 
     def proposals(self, query: Query, registered: RegisteredObject, estimate: PoseEstimate) -> list[Refined]:
         """All that may be made of one look, for whoever can tell by depth which is right."""
         found = self.look(query, registered, estimate)
-        proposed = [self.answer(query, registered, estimate, found, stage) for stage in _STAGES]
+        proposed = [self.alone(query, registered, estimate, found, stage) for stage in _STAGES]
         fitted = self.fitted(query, registered, estimate, found)
         if fitted is None:
             return proposed
@@ -284,17 +272,8 @@ class CorrespondenceRefiner:
         in_depth = self.answer_in_depth(query, registered, estimate, found, fitted)
         return [*proposed, *([in_depth, shifted] if registered.rendered is not None else [shifted, in_depth])]
 
-    def stage(self, registered: RegisteredObject, estimate: PoseEstimate, found: Found) -> Stage | None:
-        """How much of what ``look`` found is to be believed: "offsets", "affine" or nothing."""
-        trust, expected = self._trust(registered), np.degrees(found.sigma)
-        # Of two views alone, how far a part moved may be told from how deep it lies only by what is known of one of
-        # them: of depth by a mesh, of the turn by gravity.
-        told = depth_known(registered) or estimate.prior == "standing"
-        if told and expected < trust.offsets_deg:
-            return "offsets"
-        return "affine" if expected < trust.affine_deg else None
-
-    def _trust(self, registered: RegisteredObject) -> Trust:
+    def trust(self, registered: RegisteredObject) -> Trust:
+        """How far to believe the network, by what is known of an object."""
         if registered.rendered is not None:
             return self.weights.with_mesh
         if registered.keyframes is not None:
@@ -345,7 +324,7 @@ class CorrespondenceRefiner:
         self, query: Query, registered: RegisteredObject, estimate: PoseEstimate, found: Found, fitted: Fit
     ) -> Refined:
         """The pose of a fit in depth, as far as the prior allows it."""
-        sigma = self._trust(registered).spread * found.sigma
+        sigma = self.trust(registered).spread * found.sigma
         return self._refined(
             "depth",
             query,
@@ -357,26 +336,65 @@ class CorrespondenceRefiner:
             self._covariance(query, estimate, sigma),
         )
 
-    def answer(
-        self, query: Query, registered: RegisteredObject, estimate: PoseEstimate, found: Found, stage: Stage | None
+    def alone(
+        self,
+        query: Query,
+        registered: RegisteredObject,
+        estimate: PoseEstimate,
+        found: Found,
+        stage: Literal["affine", "offsets"],
     ) -> Refined:
-        """What ``look`` found, as far as the prior allows it.
-
-        ``stage`` is "affine" or "offsets", or None to take the modes in their new order as they are.
-        """
-        if stage is None:
-            best = found.modes[0].R
-            spread = rotation_covariance(found.distribution, best)
-            centre = None
-            if registered.sides is not None:  # seen from another side than the templates thought
-                centre = _outlined(query, found) + _between(query, registered, estimate, found, best)
-            return Refined(estimate.stage, found.modes, spread, centre, distribution=found.distribution)
+        """What one stage of ``look`` found, as far as the prior allows it, and its rotation as if it were certain."""
         R, centre = found.R, found.centre_virtual
-        covariance: Array | None = self._covariance(query, estimate, self._trust(registered).spread * found.sigma)
+        covariance: Array | None = self._covariance(query, estimate, self.trust(registered).spread * found.sigma)
         if stage == "affine":
             R, centre = found.affine_R, found.affine_centre_virtual
             covariance = None  # the viewing direction, which is most of it, is the templates'
         return self._refined(stage, query, registered, estimate, found, R, centre, covariance)
+
+    def answer(
+        self,
+        query: Query,
+        registered: RegisteredObject,
+        estimate: PoseEstimate,
+        found: Found,
+        trust: Trust | None = None,
+    ) -> Refined:
+        """What ``look`` found and what the templates had found before, each as far as it is to be believed.
+
+        ``trust`` is of the object, unless another is given.
+        """
+        trust = trust or self.trust(registered)
+        best, *others = found.modes
+        delta_R, seen = best.R, found.distribution
+        covariance = rotation_covariance(seen, delta_R)
+        if estimate.stage != "tracking" or registered.rendered is not None:
+            # What many frames say of how a thing is turned is surer than what one comparison with one image says.
+            matched = self._egocentric(query, registered, estimate, found.R)
+            of_mode = seen.moment_within(delta_R, CONFIDENCE_RADIUS)
+            gain = of_mode @ np.linalg.inv(of_mode + self._covariance(query, estimate, trust.spread * found.sigma))
+            delta_R = exp(gain @ log(matched @ delta_R.T)) @ delta_R
+            # Between two rotations that gravity allows, but only nearly one of them.
+            R_virtual = query.crop.R_virtual_camera @ delta_R @ registered.R_virtual_camera.T
+            delta_R = self._egocentric(query, registered, estimate, R_virtual)
+            left = (np.eye(3) - gain) @ of_mode
+            covariance = seen.spread * over_modes(seen, Mode(delta_R, best.probability), 0.5 * (left + left.T))
+        matched_centre = query.crop.R_virtual_camera.T @ found.centre_virtual
+        centre = self._placed("offsets", query, registered, found, matched_centre, trust)
+        return Refined(
+            stage="offsets",
+            modes=(Mode(delta_R, best.probability), *others),
+            rotation_covariance=covariance,
+            centre=centre + _between(query, registered, estimate, found, delta_R),
+            distribution=seen,
+        )
+
+    @staticmethod
+    def _egocentric(query: Query, registered: RegisteredObject, estimate: PoseEstimate, R: Array) -> Array:
+        """The nearest delta_R (3, 3) that the prior allows, of a rotation R (3, 3) between virtual cameras."""
+        R_virtual = constrained(R, estimate.prior, registered.gravity_virtual, query.gravity_virtual)
+        delta_R: Array = query.crop.R_virtual_camera.T @ R_virtual @ registered.R_virtual_camera
+        return delta_R
 
     @staticmethod
     def _covariance(query: Query, estimate: PoseEstimate, sigma: float) -> Array:
@@ -402,14 +420,10 @@ class CorrespondenceRefiner:
 
         ``covariance`` is of R if its mode is the right one; None: as wide as the distribution around the mode.
         """
-        R_virtual = constrained(R, estimate.prior, registered.gravity_virtual, query.gravity_virtual)
-        R_camera_virtual = query.crop.R_virtual_camera.T
-        delta_R = R_camera_virtual @ R_virtual @ registered.R_virtual_camera
+        delta_R = self._egocentric(query, registered, estimate, R)
         best, *others = found.modes
-        if estimate.stage == "tracking" and registered.rendered is None:
-            # What many frames say of how a thing is turned is surer than what one comparison with one image says.
-            delta_R, covariance = best.R, None
-        placed = self._placed(stage, query, registered, found, R_camera_virtual @ centre)
+        matched = query.crop.R_virtual_camera.T @ centre
+        placed = self._placed(stage, query, registered, found, matched, self.trust(registered))
         answer, seen = Mode(delta_R, best.probability), found.distribution
         return Refined(
             stage=stage,
@@ -421,19 +435,22 @@ class CorrespondenceRefiner:
             distribution=seen,
         )
 
-    def _placed(self, stage: Stage, query: Query, registered: RegisteredObject, found: Found, matched: Array) -> Array:
+    @staticmethod
+    def _placed(
+        stage: Stage, query: Query, registered: RegisteredObject, found: Found, matched: Array, trust: Trust
+    ) -> Array:
         """The view's centre (3,), as matches and as the outline have it, each as far as it is to be trusted."""
         if stage not in _STAGES:
             return matched
         outlined = _outlined(query, found)
         turned = registered.turned(found.modes[0].R, query.crop.R_virtual_camera)
         apart = outline_sigma(query.crop, turned) ** 2
-        together: Array = outlined + apart / (apart + self._trust(registered).placed ** 2) * (matched - outlined)
+        together: Array = outlined + apart / (apart + trust.placed**2) * (matched - outlined)
         return together
 
     def look(self, query: Query, registered: RegisteredObject, estimate: PoseEstimate) -> Found:
         """What the network makes of an estimate's modes."""
-        trust, crop = self._trust(registered), query.crop
+        trust, crop = self.trust(registered), query.crop
         modes = [Mode(R, mode.probability) for R, mode in zip(estimate.mode_rotations, estimate.modes, strict=True)]
         # What earlier frames chose, one frame does not choose anew.
         most = 1 if estimate.stage == "tracking" else trust.hypotheses

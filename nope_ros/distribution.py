@@ -148,6 +148,13 @@ class RotationDistribution:
         moment: Array = (self.probabilities[kept, None] * vectors).T @ vectors
         return moment + np.eye(3) * self.spacing**2 / 12
 
+    def moment_within(self, R: Array, angle: float) -> Array:
+        """The same, of what lies within ``angle`` radians of R (3, 3) alone: how wide one mode is."""
+        near = (self.probabilities > 1e-8) & (geodesic_distance(self.rotations, R) <= angle)
+        vectors, weights = log(self.rotations[near] @ R.T), self.probabilities[near]
+        moment: Array = (weights[:, None] * vectors).T @ vectors / max(weights.sum(), 1e-12)
+        return moment + np.eye(3) * self.spacing**2 / 12
+
     @cached_property
     def ambiguity(self) -> Ambiguity:
         """The kind of answer this is."""

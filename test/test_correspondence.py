@@ -18,7 +18,7 @@ from nope_ros.correspondence import CORRESPONDENCE_WEIGHTS, CorrespondenceRefine
 from nope_ros.crop import VirtualCamera, depth_through, look_through
 from nope_ros.estimator import PoseEstimator
 from nope_ros.evaluation.meshes import FIRST_UNSEEN_SEED, random_camera
-from nope_ros.evaluation.stages import Compared, Pair, StageError
+from nope_ros.evaluation.stages import OFFSETS, TEMPLATE, Compared, Pair, StageError
 from nope_ros.frame import Frame
 from nope_ros.models.correspondence import (
     CorrespondenceConfig,
@@ -29,12 +29,12 @@ from nope_ros.models.correspondence import (
     project,
     solve,
 )
-from nope_ros.prior import constrained
+from nope_ros.prior import Prior, constrained
 from nope_ros.rotations import exp, geodesic_distance, look_at, twist
 from nope_ros.training.procedural import procedural_object
 from nope_ros.training.render import render
 from nope_ros.training.render_cache import random_finish, random_lighting
-from nope_ros.training.trust import choose, fit_support, held_out
+from nope_ros.training.trust import SPREADS, choose, fit_support, held_out
 
 seeds = st.integers(0, 2**32 - 1)
 MESHES = Path(__file__).parents[2] / "shared/data/meshes/train"
@@ -194,7 +194,7 @@ def test_matches_and_outline_place_an_object_together() -> None:
     registered = estimator.register_frame(frame, gravity_camera=gravity, reference_distance=5.0)
 
     def centre(degrees: float, placed: float) -> np.ndarray:
-        trust = refiner.weights.with_image.model_copy(update={"affine_deg": 180.0, "placed": placed})
+        trust = refiner.weights.with_image.model_copy(update={"placed": placed})
         refiner.weights = refiner.weights.model_copy(update={"with_image": trust})
         frame, gravity = seen(degrees)
         query = estimator.look(frame, gravity)
@@ -209,6 +209,44 @@ def test_matches_and_outline_place_an_object_together() -> None:
         shares.append(float((together - outlined) @ along / (along @ along)))
         np.testing.assert_allclose(together, outlined + shares[-1] * along, atol=1e-9)
     assert 0.2 < shares[0] < 0.6 < shares[1] < 0.95
+
+
+@pytest.mark.parametrize("prior", ["free", "upright", "standing"])
+def test_templates_and_matches_turn_an_object_together(prior: Prior) -> None:
+    """The less the network is believed, the nearer to the templates; always as gravity allows, and surer than they."""
+    estimator = PoseEstimator.from_pretrained(device="cpu")
+    refiner = CorrespondenceRefiner.from_pretrained(device="cpu")
+    mesh = procedural_object(FIRST_UNSEEN_SEED + 2).normalised()[0]
+    down, K = np.array([0.0, 0.0, -1.0]), np.array([[600.0, 0, 319.5], [0, 600.0, 239.5], [0, 0, 1]])
+    frames, gravity = [], []
+    for direction in ([1.0, 0.0, 0.5], [1.0, 0.3, 0.4]):
+        R = look_at(np.array(direction))
+        view = render(mesh, R, np.array([0.3, 0.0, 5.0]), K, 640, 480)
+        frames.append(Frame.from_arrays(view.rgb, view.mask, K))
+        gravity.append(R @ down)
+    level = gravity if prior != "free" else [None, None]
+    registered = estimator.register_frame(frames[0], gravity_camera=level[0], reference_distance=5.0)
+    query = estimator.look(frames[1], level[1])
+    estimate = estimator.match(query, registered, prior)
+    found = refiner.look(query, registered, estimate)
+    trust = refiner.trust(registered)
+    answers = {
+        spread: refiner.answer(query, registered, estimate, found, trust.model_copy(update={"spread": spread}))
+        for spread in (1e-6, 0.5, 1.0, 2.0, 1e6)
+    }
+    mode, matched = found.modes[0].R, refiner.alone(query, registered, estimate, found, "offsets").modes[0].R
+    # A mode is the mean of a peak, which upright need not be level to the last digit.
+    assert geodesic_distance(answers[1e6].modes[0].R, mode) < np.radians(0.05)
+    assert geodesic_distance(answers[1e-6].modes[0].R, matched) < np.radians(2.0)
+    off = [float(geodesic_distance(one.modes[0].R, mode)) for one in answers.values()]
+    assert off == sorted(off, reverse=True) and off[0] > np.radians(0.5)
+    sure = [float(np.trace(one.rotation_covariance)) for one in answers.values()]
+    assert sure[1] < sure[3] < 1.01 * sure[4]
+    for one in answers.values():
+        R = query.crop.R_virtual_camera @ one.modes[0].R @ registered.R_virtual_camera.T
+        allowed = constrained(R, prior, registered.gravity_virtual, query.gravity_virtual)
+        assert geodesic_distance(R, allowed) < 1e-6
+        assert np.linalg.eigvalsh(one.rotation_covariance).min() > 0
 
 
 def test_what_was_tracked_keeps_its_rotation_and_is_placed() -> None:
@@ -305,29 +343,35 @@ def test_an_untrained_network_moves_nothing() -> None:
     torch.testing.assert_close(step.pose.R, pose.R, atol=1e-5, rtol=0)
 
 
-def test_thresholds_are_as_wide_as_they_harm_nobody() -> None:
-    """Errors that grow with what was expected: what helps is believed, up to where too many become worse."""
+def test_the_spread_is_that_of_the_errors_as_far_as_it_harms_nobody() -> None:
+    """Two measurements weighed by their precisions are best where these are true; believed less, fewer get worse."""
     rng = np.random.default_rng(0)
 
     def error(rotation_deg: float) -> StageError:
-        return StageError(rotation_deg, 0.0, 0.0, 0.0, 0.0, float("nan"), 0.0)
+        return StageError(rotation_deg, 0.0, 0.0, 0.0, 2.0, float("nan"), 0.0)
 
-    pairs = []
-    for _ in range(400):
-        sigma = rng.uniform(2, 20)
-        offsets = abs(rng.normal()) * sigma
-        errors = {"template": error(8.0), "+ affine": error(7.9), "+ offsets": error(offsets)}
-        pairs.append(Pair("", errors, sigma, Compared(np.zeros(1), np.zeros(1), np.zeros(1), np.ones(1, dtype=bool))))
-    chosen = choose(pairs, 0.08, axes=1)
-    assert chosen.worse_percent <= 8
-    assert 5 < chosen.offsets_deg < 15
-    assert chosen.affine_deg > 20  # it harms nobody, and helps a little
-    assert chosen.rotation_deg[1] < chosen.rotation_deg[0]
-    assert 0.8 < chosen.spread < 1.2
-    nothing = choose(pairs, 0.0)
-    assert nothing.worse_percent == 0
-    assert choose(pairs, 0.08, offsets=False).offsets_deg == 0
-    assert choose(pairs, 0.02, axes=1).offsets_deg < chosen.offsets_deg
+    def pairs(boast: float, tails: float = 0.0) -> list[Pair]:
+        """Errors about one axis, of 5° by the templates and ``boast`` times the expected one by the network."""
+        made = []
+        for _ in range(1000):
+            sigma, off = rng.uniform(2, 10), rng.normal(scale=5.0)
+            matched = boast * rng.normal() * sigma + tails * rng.normal(scale=20.0)
+            rows = {TEMPLATE: error(abs(off)), OFFSETS: error(abs(matched))}
+            for spread in SPREADS:
+                gain = 25 / (25 + (spread * sigma) ** 2)
+                rows[f"spread {spread:g}"] = error(abs(off + gain * (matched - off)))
+            compared = Compared(np.zeros(1), np.zeros(1), np.zeros(1), np.ones(1, dtype=bool))
+            made.append(Pair("", rows, sigma, compared))
+        return made
+
+    assert 0.8 < choose([pairs(1.0)], 0.3).spread < 1.3
+    assert 1.4 < choose([pairs(1.7)], 0.3).spread < 2.1
+    careful = choose([pairs(1.0)], 0.05)
+    assert 1.3 < careful.spread < 1000 and careful.worse_percent <= 5
+    assert careful.rotation_deg[1] < careful.rotation_deg[0]
+    assert careful.placed == pytest.approx(0.02 / 0.6745, abs=1e-3)
+    assert choose([pairs(1.0)], 0.0).worse_percent == 0, "nobody is harmed where little is believed"
+    assert choose([pairs(1.0), pairs(1.0, tails=1.0)], 0.05).spread > careful.spread, "no kind more than so many"
 
 
 def test_support_counts_as_much_as_it_tells() -> None:

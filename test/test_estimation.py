@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -14,15 +15,19 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from node_process import HEIGHT, WIDTH, K, camera_info_message, image_message, scene, write_untrained_weights
 
+from nope_ros.draw import Drawn, overlay
 from nope_ros.estimator import PoseEstimator, RegisteredObject
 from nope_ros.frame import Frame, InputError
 from nope_ros.latent import DEFAULT_WEIGHTS
 from nope_ros.node.distro import TransformTree
-from nope_ros.node.estimation import Result, estimate
+from nope_ros.node.estimation import Result, Seen, estimate
 from nope_ros.node.gravity import Gravity
+from nope_ros.node.messages import image_array
+from nope_ros.node.outputs import Outputs
 from nope_ros.node.pairing import Match
 from nope_ros.node.parameters import Settings
 from nope_ros.node.registration import reference_frame
+from nope_ros.rotations import geodesic_distance
 from nope_ros.tracking import Tracker
 
 DOWN = np.array([0.0, 1.0, 0.3])
@@ -94,6 +99,26 @@ def test_what_was_chosen_is_refined(
     assert [one.estimate.stage for one in result.seen] == ["offsets"] and not said, "correspondence, by default"
     result, _ = run(estimator, objects[:1], match(image, mask), Gravity(vector=DOWN), refinement="none")
     assert [one.estimate.stage for one in result.seen] == ["template"]
+
+
+def test_the_overlay_shows_the_refined_axes(
+    estimator: PoseEstimator, objects: list[RegisteredObject], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image, mask = scene()
+    monkeypatch.setattr(estimator.predictor, "temperature", 1e-6)
+    found: dict[str, tuple[Seen, Result]] = {}
+    turn = cv2.getRotationMatrix2D((WIDTH / 2, HEIGHT / 2), 8.0, 1.0)  # half way between rolls of the grid
+    turned = [cv2.warpAffine(one, turn, (WIDTH, HEIGHT)) for one in (image, mask.astype(np.uint8) * 255)]
+    for refinement in ("none", "synthesis"):
+        result, _ = run(estimator, objects[1:], match(turned[0], turned[1]), refinement=refinement)
+        (one,) = result.seen
+        found[refinement] = one, result
+    (template, _), (refined, result) = found.values()
+    assert geodesic_distance(template.estimate.R_camera_object, refined.estimate.R_camera_object) > np.radians(0.5)
+    shown = image_array(Outputs(result, replace(ANYTHING, confidence_threshold=0.0)).overlay())
+    drawn = [overlay(result.image, K, [Drawn.of(one.estimate, one.mask, K)]).astype(int) for one in (refined, template)]
+    np.testing.assert_array_equal(shown, drawn[0])
+    assert (np.abs(shown - drawn[1]).max(axis=-1) > 60).sum() > 20, "the templates' axes are elsewhere"
 
 
 def test_objects_are_followed_if_the_parameters_say_so(

@@ -37,6 +37,7 @@ BOX_FOR_MASK = "ours, box for a mask"
 NO_PRIOR = "ours, gravity only levels the crop"
 REGRESSION = "rotation regression"
 PAPER_FORM = "NOPE's paper form"
+AS_LONG = "ours, trained as long as that"
 
 
 class EstimatorMethod:

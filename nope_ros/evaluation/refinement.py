@@ -780,8 +780,8 @@ match finite differences by the tests.
 
 ## What the columns mean
 
-* **template**: the templates alone. **+ affine**, **+ offsets**: what correspondence makes of them if these are always
-  believed. **+ correspondence**: it takes either, or neither. **+ synthesis**, **+ both**: see the end.
+* **template**: the templates alone. **+ affine**, **+ offsets**: what correspondence makes of them if these are taken
+  for certain. **+ correspondence**: it weighs offsets against the templates. **+ synthesis**, **+ both**: see the end.
 * **right**: of the pairs whose templates' answer is within {right:.0f}° of the truth, the median error, the median of
   its part about the viewing direction (roll), and the share that the stage makes worse by more than {harm:.0f}°.
 * **centre** of the object in the crop, relative to the crop's side; **scale**: distance, relative to it. Medians.

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from nope_ros.correspondence import CORRESPONDENCE_WEIGHTS
-from nope_ros.evaluation.baselines import TEMPLATES_ALONE
+from nope_ros.evaluation.baselines import AS_LONG, TEMPLATES_ALONE
 from nope_ros.evaluation.benchmark import BUSY, step_cells
 from nope_ros.evaluation.protocol import EvaluationSet
 from nope_ros.frame import InputError
@@ -46,7 +46,7 @@ FRUIT = ("green_apple", "mango")
 _REFERENCES = 2  # of a rendered object; the paper's form takes seconds for each
 
 OURS_PART = "ours"
-_PLAIN, _REGRESSION, _PAPER = "plain", "regression", "paper_form"
+_PLAIN, _REGRESSION, _PAPER, _AS_LONG = "plain", "regression", "paper_form", "as_long"
 _FIRST_SEED = "first_seed"  # of a result of several seeds: figures of the first one's pairs
 _JPEG = [cv2.IMWRITE_JPEG_QUALITY, 85]
 _CELL = {"pairs": 0, "nll": 2}
@@ -92,7 +92,8 @@ class Job:
 
     Attributes:
         tested: the set.
-        part: which methods: ours, those that need no weights, rotation regression, or the paper's form.
+        part: which methods: ours, those that need no weights, rotation regression, the paper's form, or ours after as
+            long a training as that had.
         weights: folder of theirs, or None.
         identity: differs whenever the result would.
         pairs: most pairs of an object; None: all.
@@ -140,6 +141,7 @@ class Job:
 def run_job(job: Job, folder: Path) -> str:
     """Evaluate; write ``<name>.json`` and, of ours, pictures in ``<name>/``. Returns the name."""
     from nope_ros.estimator import PoseEstimator
+    from nope_ros.evaluation.baselines import EstimatorMethod
     from nope_ros.evaluation.evaluate import Report, evaluate_set, methods_for, plain_baselines, trained_baselines
     from nope_ros.evaluation.pictures import write_pictures
 
@@ -150,6 +152,8 @@ def run_job(job: Job, folder: Path) -> str:
     trained = trained_baselines(
         weights if job.part == _REGRESSION else None, weights if job.part == _PAPER else None, job.device
     )
+    if job.part == _AS_LONG:
+        trained = [EstimatorMethod(PoseEstimator.from_pretrained(job.weights, device=job.device), AS_LONG)]
     reports, sets = [], []
     for seed in job.seeds:
         methods = trained
@@ -532,11 +536,6 @@ _REASONS = (
         )
         for title in ("Procedural objects that training never drew", "Scanned household objects, rendered")
     ),
-    (
-        "one object alone",
-        "One object alone: most of it are the turns of the free grid, in single precision, which any further "
-        "object shares. In half precision they would be half as large; what that changes was not measured.",
-    ),
 )
 
 
@@ -711,6 +710,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--refinement", default=DEFAULT_REFINEMENT, choices=REFINEMENTS, help="of ours (%(default)s)")
     parser.add_argument("--regression-weights", type=Path, metavar="DIR", help="add rotation regression")
     parser.add_argument("--unet-weights", type=Path, metavar="DIR", help="add NOPE's paper form; takes long, but once")
+    parser.add_argument(
+        "--as-long-weights", type=Path, metavar="DIR", help="add ours, trained no longer than --unet-weights"
+    )
     parser.add_argument("--pairs", type=int, default=20, help="most pairs of a rendered object (%(default)s)")
     parser.add_argument("--photo-pairs", type=int, help="most pairs of a photographed object; all by default")
     parser.add_argument("--seed", type=int, action="append", help="may be given several times (0)")
@@ -762,13 +764,18 @@ def run(given: argparse.Namespace) -> tuple[str, dict[str, dict[str, str]]]:
         if tested.occlusion:
             continue
         jobs.append(job(tested, _PLAIN, None, "", seeds=seeds))
-        for part, folder in ((_REGRESSION, given.regression_weights), (_PAPER, given.unet_weights)):
+        for part, folder in (
+            (_REGRESSION, given.regression_weights),
+            (_PAPER, given.unet_weights),
+            (_AS_LONG, given.as_long_weights),
+        ):
             if folder is not None:
-                own = seeds[:1] if part == _PAPER else seeds  # a U-Net runs hundreds of times for each reference
+                # A U-Net runs hundreds of times for each reference; ours is held against it.
+                own = seeds if part == _REGRESSION else seeds[:1]
                 jobs.append(job(tested, part, str(folder), _identity(find_weights(folder)), seeds=own))
     speed = _speed_figures(given, weights)
     # The dearest first, so that none is left alone at the end.
-    cost = {_PAPER: 0, OURS_PART: 1, _PLAIN: 2, _REGRESSION: 3}
+    cost = {_PAPER: 0, OURS_PART: 1, _AS_LONG: 2, _PLAIN: 3, _REGRESSION: 4}
     found = results(sorted(jobs, key=lambda one: cost[one.part]), given.work, given.workers)
     found = {one.name: found[one.name] for one in jobs}
     pictures = _published(sections, given.work, given.out)
@@ -788,23 +795,30 @@ def run(given: argparse.Namespace) -> tuple[str, dict[str, dict[str, str]]]:
 
 def _learnt(given: argparse.Namespace, ours: float | None = None) -> Iterator[str]:
     """How long the baselines were trained, and whether for less than our ``ours`` minutes."""
+    fewer = "; first seed only, so that its rows are of fewer pairs"
+    minutes: dict[Path, float] = {}
     for name, folder, before, note in (
         ("Rotation regression", given.regression_weights, "of the encoder, which began as ours", ""),
-        (
-            "NOPE's paper form",
-            given.unet_weights,
-            "of its autoencoder",
-            "; first seed only, so that its rows are of fewer pairs",
-        ),
+        ("NOPE's paper form", given.unet_weights, "of its autoencoder", fewer),
+        (AS_LONG.capitalize(), given.as_long_weights, "", fewer),
     ):
-        if folder is not None:
-            training = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))["training"]
-            told = f"{training['steps']:,} steps, {training['minutes']:g} minutes"
-            if "own_minutes" in training:
-                told += f", all but {training['own_minutes']:g} of them {before}"
-            if ours is not None and training["minutes"] < ours:
-                note += f"; that is less than our {ours:g} minutes, so that its rows are not of equal training"
-            yield f" {name}: {told}{note}."
+        if folder is None:
+            continue
+        training = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))["training"]
+        minutes[folder] = training["minutes"]
+        told = f"{training['steps']:,} steps, {training['minutes']:g} minutes"
+        if "own_minutes" in training:
+            told += f", all but {training['own_minutes']:g} of them {before}"
+        if folder == given.as_long_weights:
+            if minutes[folder] > minutes.get(given.unet_weights, 0.0):
+                raise InputError(
+                    f"--as-long-weights: {folder} took {minutes[folder]:g} minutes, longer than the paper's form; "
+                    "train it anew with a smaller budget_minutes"
+                )
+            note += ", and templates alone, from nothing, on the same renders"
+        elif ours is not None and training["minutes"] < ours:
+            note += f"; that is less than our {ours:g} minutes, so that its rows are not of equal training"
+        yield f" {name}: {told}{note}."
 
 
 def _command(given: argparse.Namespace) -> str:
@@ -818,6 +832,7 @@ def _command(given: argparse.Namespace) -> str:
         "refinement",
         "regression_weights",
         "unet_weights",
+        "as_long_weights",
         "pairs",
         "photo_pairs",
         "seed",

@@ -1,7 +1,7 @@
 """What each stage of the correspondence refiner adds: ``python -m nope_ros.evaluation.stages KIND [DIR]``.
 
-Rows are the templates alone, with what a 2D affine can say, with offsets, and what the estimator answers, which takes
-either, or neither, by the error that the network expects. With ``--depth``, references and queries are seen by a depth
+Rows are the templates alone, what a 2D affine and what offsets make of them, and what the estimator answers, which
+weighs templates and offsets by their expected errors. With ``--depth``, references and queries are seen by a depth
 camera: then also with offsets fitted in depth, with the templates' answer slid onto the surface, and the answer is the
 one of all these whose surfaces fit best. Rotation, roll and harm are judged where the templates are
 right (within 20°, modulo the object's symmetry): what is lost before cannot be refined. With ``--mesh-templates``
@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +26,7 @@ from rich.progress import track
 from rich.table import Table
 from scipy.spatial import KDTree
 
-from nope_ros.correspondence import CorrespondenceRefiner, Found
+from nope_ros.correspondence import CorrespondenceRefiner, Found, Trust
 from nope_ros.crop import Crop
 from nope_ros.distribution import CONFIDENCE_RADIUS
 from nope_ros.estimator import PoseEstimator, RegisteredObject
@@ -33,7 +34,7 @@ from nope_ros.evaluation.meshes import MESH_SUFFIXES, RADIUS_WITH_DEPTH, mesh_se
 from nope_ros.evaluation.photos import photo_set
 from nope_ros.evaluation.protocol import EvaluationObject, EvaluationSet, View
 from nope_ros.frame import Frame, InputError
-from nope_ros.pose import PoseEstimate, Stage
+from nope_ros.pose import PoseEstimate
 from nope_ros.prior import PRIORS, Prior
 from nope_ros.refine import Query, Refined, moved
 from nope_ros.rotations import twist
@@ -192,12 +193,11 @@ def _error(
 def partial_answers(
     refiner: CorrespondenceRefiner, query: Query, registered: RegisteredObject, template: PoseEstimate, found: Found
 ) -> dict[str, PoseEstimate]:
-    """What a look at the templates' answer makes of it by an affine and by offsets, believed or not: a pose by row."""
+    """What a look at the templates' answer makes of it by an affine and by offsets, each for itself: a pose by row."""
     reference = registered.reference_at(template.delta_R, query.crop.R_virtual_camera)
-    rows: tuple[tuple[str, Stage], ...] = ((AFFINE, "affine"), (OFFSETS, "offsets"))
+    rows: tuple[tuple[str, Literal["affine", "offsets"]], ...] = ((AFFINE, "affine"), (OFFSETS, "offsets"))
     return {
-        row: moved(template, refiner.answer(query, registered, template, found, stage), reference)
-        for row, stage in rows
+        row: moved(template, refiner.alone(query, registered, template, found, stage), reference) for row, stage in rows
     }
 
 
@@ -211,8 +211,12 @@ def judge(
     prior: Prior,
     model: _Model,
     settle: bool = True,
+    trusts: Sequence[Trust] = (),
 ) -> Pair:
-    """All stages of one query; ``settle`` says whether depth of the query is used."""
+    """All stages of one query.
+
+    ``settle`` says whether depth of the query is used; what the answer would be under other ``trusts`` are rows too.
+    """
     begin = time.perf_counter()
     seen = estimator.look(frame, None if prior == "free" else query.gravity_camera)
     template = estimator.match(seen, registered, prior)
@@ -227,7 +231,11 @@ def judge(
     rows = {TEMPLATE: (template, matched)}
     for row, pose in partial_answers(refiner, seen, registered, template, found).items():
         rows[row] = pose, looked
-    answer = after(template, refiner.concluded(seen, registered, template, found))
+    for trust in trusts:
+        believed = refiner.answer(seen, registered, template, found, trust)
+        rows[f"spread {trust.spread:g}"] = moved(template, believed, reference), looked
+    asked = refiner.trust(registered).asked
+    answer = after(template, refiner.answer(seen, registered, template, found) if asked else None)
     if settle and frame.depth is not None:
         # Where too little of it is known, all stays as it was without.
         settling = Settling.of(seen, registered)
@@ -271,6 +279,7 @@ def judge_set(
     depth: bool = False,
     settle: bool = True,
     within_deg: float = 90.0,
+    spreads: Sequence[float] = (),
     progress: bool = False,
 ) -> Iterator[Pair]:
     """All stages of all queries of a set; ADD where the set is of meshes.
@@ -286,6 +295,7 @@ def judge_set(
         depth: whether the set has depth, and objects that are not of radius one for it.
         settle: whether the queries' depth is used.
         within_deg: most that the directions of view of reference and query are apart, without a mesh.
+        spreads: of the refiner's trust, what it would answer under each is a row too.
         progress: show a bar.
     """
     console = Console(stderr=True, quiet=not progress)
@@ -327,7 +337,8 @@ def judge_set(
             except InputError:
                 continue
             registered = whole or known[first]
-            yield judge(estimator, refiner, registered, evaluated, query, frames[second], prior, model, settle)
+            trusts = [refiner.trust(registered).model_copy(update={"spread": spread}) for spread in spreads]
+            yield judge(estimator, refiner, registered, evaluated, query, frames[second], prior, model, settle, trusts)
 
 
 def walked(

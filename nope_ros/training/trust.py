@@ -1,15 +1,14 @@
-"""Chooses when to believe the correspondence refiner, on held-out objects of the training side.
+"""Chooses how far to believe the correspondence refiner, on held-out objects of the training side.
 
     python -m nope_ros.training.trust --meshes ../shared/data/meshes/train
 
 The network says of each mode of the templates how likely it is the right one. That counts, beside the mode's own
-probability, as much as makes the right ones likeliest. It also says how large an error it expects. Below one threshold
-its offsets are taken, else below another its affine, else the mode stays as it is. Of all pairs of thresholds that make
-at most ``--harm`` of the queries worse by more than 2°, those are chosen whose answers are best: a degree of rotation
-counts as much as a hundredth of the distance. How large errors are beside the expected ones follows, for the
-covariance. Procedural objects are of seeds that neither training nor evaluation draws, meshes those that training holds
-out; test data have no part in it. The answers depend on the templates, so that this is run again when their weights
-change.
+probability, as much as makes the right ones likeliest. It also says how large an error it expects. The answer's
+rotation is the mean of the templates' mode and of the network's, each weighed by its precision; that of the network
+follows from ``Trust.spread``, of which that is chosen whose answers are best among those that make at most ``--harm``
+of the queries worse by more than 2°, whatever is known of gravity. Procedural objects are of seeds that neither
+training nor evaluation draws, meshes those that training holds out; test data have no part in it. The answers depend on
+the templates, so that this is run again when their weights change.
 """
 
 from __future__ import annotations
@@ -32,10 +31,10 @@ from rich.table import Table
 from scipy.optimize import minimize
 from scipy.special import logsumexp
 
-from nope_ros.correspondence import CORRESPONDENCE_WEIGHTS, CorrespondenceRefiner, Trust
+from nope_ros.correspondence import CORRESPONDENCE_WEIGHTS, CorrespondenceRefiner, CorrespondenceWeights
 from nope_ros.estimator import PoseEstimator
 from nope_ros.evaluation.meshes import MESH_SUFFIXES, mesh_set, procedural_set
-from nope_ros.evaluation.stages import HARM_DEG, Pair, judge_set
+from nope_ros.evaluation.stages import HARM_DEG, OFFSETS, TEMPLATE, Pair, judge_set
 from nope_ros.frame import InputError
 from nope_ros.latent import CONFIG_FILE
 from nope_ros.prior import PRIORS, Prior
@@ -43,10 +42,8 @@ from nope_ros.training.pairs import DataConfig
 
 # Of procedural objects; evaluation begins at 0, tests are below 10.
 _SEED = 1000
-# An error beyond these is wrong, and how wrong does not matter: degrees, % of the distance.
-_WORST_DEG, _WORST_PERCENT = 20.0, 20.0
-# Believed queries that tell how large errors are beside expected ones; with fewer all queries tell.
-_ENOUGH = 20
+# A rotation that errs by more is wrong, and how wrong does not matter; degrees.
+_WORST_DEG = 20.0
 # Of the absolute value of a normal variable of standard deviation 1.
 _NORMAL_MEDIAN = 0.6745
 # Keyframes of walks: some 45° apart, and some 30°.
@@ -54,26 +51,23 @@ _WALKS = (16, 32)
 _RIDGE = 1e-3
 # Of ``Trust.placed``, to see what matches say of the centre without the outline.
 _ALONE = 1e-6
-_THRESHOLDS = (0.0, *np.geomspace(3, 30, 25))
+# Of ``Trust.spread``; under the last one nothing is believed but which mode it is.
+SPREADS = (0.25, 0.35, 0.5, 0.7, 1.0, 1.2, 1.4, 1.7, 2.0, 2.8, 4.0, 1000.0)
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """Thresholds, and what they do.
+    """A spread, and what it does.
 
     Attributes:
-        offsets_deg: see ``Trust``.
-        affine_deg: see ``Trust``.
         spread: see ``Trust``.
         placed: see ``Trust``.
-        worse_percent: of the queries whose template is right.
+        worse_percent: of the queries whose template is right, those that became worse, of the kind with most of them.
         rotation_deg: median of the same, with the templates' before it.
         translation_percent: the same.
         count: how many these are.
     """
 
-    offsets_deg: float
-    affine_deg: float
     spread: float
     placed: float
     worse_percent: float
@@ -82,52 +76,45 @@ class Chosen:
     count: int
 
 
-def choose(pairs: Sequence[Pair], harm: float, *, offsets: bool = True, axes: int = 3) -> Chosen:
-    """The thresholds of the expected error that serve these queries best.
+def choose(kinds: Sequence[Sequence[Pair]], harm: float) -> Chosen:
+    """The spread that serves some kinds of queries best, each counting the same.
 
     Args:
-        pairs: with the errors of the templates, of the affine and of the offsets.
-        harm: largest share of the queries that may become worse by more than 2°.
-        offsets: whether offsets may be used at all; the affine's threshold is free in any case.
-        axes: about which the answers can err: 3, or 1 where gravity is known.
+        kinds: of queries; their pairs have a row for each of ``SPREADS``.
+        harm: largest share of any kind that may become worse by more than 2°.
     """
-    right = [pair for pair in pairs if pair.right]
-    sigma = np.array([pair.sigma_deg for pair in right])
+    right = [[pair for pair in pairs if pair.right] for pairs in kinds]
+    right = [pairs for pairs in right if pairs]
 
-    def errors(row: str, field: str) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-        return np.array([getattr(pair.errors[row], field) for pair in right])
+    def errors(pairs: Sequence[Pair], row: str, field: str = "rotation_deg") -> NDArray[np.float64]:
+        return np.array([getattr(pair.errors[row], field) for pair in pairs])
 
-    rows = ("template", "+ affine", "+ offsets")
-    rotation, translation = (
-        np.stack([errors(row, field) for row in rows]) for field in ("rotation_deg", "translation_percent")
-    )
-    loss = np.minimum(rotation, _WORST_DEG) + np.minimum(translation, _WORST_PERCENT)
-    best: tuple[float, float, float] | None = None
-    for first in _THRESHOLDS if offsets else (0.0,):
-        for second in _THRESHOLDS:
-            taken = np.where(sigma < first, 2, np.where(sigma < second, 1, 0))
-            at = np.arange(len(right))
-            worse = (rotation[taken, at] > rotation[0] + HARM_DEG).mean()
-            if second >= first and worse <= harm and (best is None or loss[taken, at].mean() < best[0] - 1e-9):
-                best = (float(loss[taken, at].mean()), float(first), float(second))
-    assert best is not None  # believing nothing harms nobody
-    _, first, second = best
-    taken = np.where(sigma < first, 2, np.where(sigma < second, 1, 0))
-    at = np.arange(len(right))
-    believed = sigma < (first or np.inf)
-    if believed.sum() < _ENOUGH:
-        believed = np.ones(len(right), dtype=bool)
-    ratio = np.minimum(rotation[2, believed], _WORST_DEG) / sigma[believed]
+    def loss(spread: float) -> float:
+        return float(np.mean([np.minimum(errors(pairs, _row(spread)), _WORST_DEG).mean() for pairs in right]))
+
+    def worse(spread: float) -> float:
+        before_after = [(errors(pairs, TEMPLATE), errors(pairs, _row(spread))) for pairs in right]
+        return max(float((after > before + HARM_DEG).mean()) for before, after in before_after)
+
+    harmless = [spread for spread in SPREADS if worse(spread) <= harm] or [SPREADS[-1]]
+    spread = min(harmless, key=loss)
+    pooled = [pair for pairs in right for pair in pairs]
+    rows = TEMPLATE, _row(spread)
+    rotation = [float(np.median(errors(pooled, row))) for row in rows]
+    translation = [float(np.median(errors(pooled, row, "translation_percent"))) for row in rows]
+    matched = float(np.median(errors(pooled, OFFSETS, "translation_percent")))
     return Chosen(
-        offsets_deg=round(first, 1),
-        affine_deg=round(second, 1),
-        spread=round(float(np.sqrt((ratio**2).mean() / axes)), 2),
-        placed=round(float(np.median(translation[2, believed])) / _NORMAL_MEDIAN / 100, 3),
-        worse_percent=100 * float((rotation[taken, at] > rotation[0] + HARM_DEG).mean()),
-        rotation_deg=(float(np.median(rotation[0])), float(np.median(rotation[taken, at]))),
-        translation_percent=(float(np.median(translation[0])), float(np.median(translation[taken, at]))),
-        count=len(right),
+        spread=spread,
+        placed=round(matched / _NORMAL_MEDIAN / 100, 3),
+        worse_percent=100 * worse(spread),
+        rotation_deg=(rotation[0], rotation[1]),
+        translation_percent=(translation[0], translation[1]),
+        count=len(pooled),
     )
+
+
+def _row(spread: float) -> str:
+    return f"spread {spread:g}"
 
 
 def fit_support(pairs: Sequence[Pair]) -> tuple[float, float]:
@@ -187,7 +174,7 @@ def gather(
     found = mesh_set(meshes, _SEED, objects=chosen, **drawn)
     folder = meshes if mesh_templates else None
     options: dict[str, Any] = {"depth": depth, "settle": False, "within_deg": within_deg, "progress": True}
-    options["keyframes"] = keyframes
+    options |= {"keyframes": keyframes, "spreads": SPREADS}
     judged = list(judge_set(found, estimator, refiner, prior, mesh_folder=folder, **options))
     if not mesh_templates:
         made = procedural_set(_SEED, count=count, **drawn)
@@ -219,51 +206,45 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found = [gather(estimator, refiner, prior, given.meshes, keyframes=count, **size) for count in _WALKS]
         return [pair for pairs in found for pair in pairs]
 
+    def of_mesh() -> list[Pair]:
+        return gather(estimator, refiner, "free", given.meshes, mesh_templates=True, **size)
+
     judged = {
         "with_image": [one for prior in PRIORS for one in gather(estimator, refiner, prior, given.meshes, **anywhere)],
-        "with_mesh": gather(estimator, refiner, "free", given.meshes, mesh_templates=True, **size),
-        "with_walk": [one for prior in PRIORS for one in walks(prior)],
+        "with_mesh": of_mesh(),
     }
+    asked_of_walks = refiner.weights.with_walk.asked
+    if asked_of_walks:
+        judged["with_walk"] = [one for prior in PRIORS for one in walks(prior)]
     counts = {name: fit_support(pairs) for name, pairs in judged.items()}
-    refiner.weights = refiner.weights.model_copy(
-        update={
-            name: getattr(refiner.weights, name).model_copy(
-                update={"support": support, "from_near": from_near, "placed": _ALONE}
-            )
+    old = refiner.weights
+
+    def updated(weights: CorrespondenceWeights, changes: dict[str, dict[str, float]]) -> CorrespondenceWeights:
+        return weights.model_copy(
+            update={name: getattr(weights, name).model_copy(update=values) for name, values in changes.items()}
+        )
+
+    refiner.weights = updated(
+        old,
+        {
+            name: {"support": support, "from_near": from_near, "placed": _ALONE}
             for name, (support, from_near) in counts.items()
-        }
+        },
     )
-    free = gather(estimator, refiner, "free", given.meshes, **size)
-    standing = gather(estimator, refiner, "standing", given.meshes, **size)
-    meshes = gather(estimator, refiner, "free", given.meshes, mesh_templates=True, **size)
     found = {
-        # Of one image offsets need gravity; the affine serves both, so that neither may be harmed.
-        "with_image": choose(standing, given.harm, axes=1),
-        "without gravity": choose(free, given.harm, offsets=False),
-        "with_depth": choose(gather(estimator, refiner, "free", given.meshes, depth=True, **size), given.harm),
-        "with_mesh": choose(meshes, given.harm),
-        "with_walk": choose(walks("standing"), given.harm, axes=1),
-        "walk without gravity": choose(walks("free"), given.harm, offsets=False),
+        "with_image": choose([gather(estimator, refiner, prior, given.meshes, **size) for prior in PRIORS], given.harm),
+        "with_depth": choose([gather(estimator, refiner, "free", given.meshes, depth=True, **size)], given.harm),
+        "with_mesh": choose([of_mesh()], given.harm),
     }
+    if asked_of_walks:
+        found["with_walk"] = choose([walks(prior) for prior in PRIORS], given.harm)
     table = Table(title=f"{given.weights}", title_justify="left")
-    for heading in (
-        "",
-        "queries",
-        "offsets below",
-        "affine below",
-        "spread",
-        "placed",
-        "worse by 2°",
-        "rotation",
-        "translation",
-    ):
+    for heading in ("", "queries", "spread", "placed", "worse by 2°", "rotation", "translation"):
         table.add_column(heading, justify="right")
     for name, one in found.items():
         table.add_row(
             name,
             str(one.count),
-            f"{one.offsets_deg:.1f}°",
-            f"{one.affine_deg:.1f}°",
             f"{one.spread:.2f}",
             f"{100 * one.placed:.1f} %",
             f"{one.worse_percent:.0f} %",
@@ -275,30 +256,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console.print(table, f"support counts, and from near: {counts}")
     if given.dry_run:
         return
-    path, old = given.weights / CONFIG_FILE, refiner.weights
-
-    def changed(trust: Trust, one: Chosen, affine_deg: float | None = None) -> Trust:
-        affine = one.affine_deg if affine_deg is None else affine_deg
-        return trust.model_copy(
-            update={
-                "offsets_deg": one.offsets_deg,
-                "affine_deg": max(affine, one.offsets_deg),
-                "spread": one.spread,
-                "placed": one.placed,
-            }
-        )
-
-    image, level = found["with_image"], found["without gravity"].affine_deg
-    walk, level_walk = found["with_walk"], found["walk without gravity"].affine_deg
-    new = old.model_copy(
-        update={
-            "with_image": changed(old.with_image, image, min(level, image.affine_deg)),
-            "with_depth": changed(old.with_depth, found["with_depth"]),
-            "with_mesh": changed(old.with_mesh, found["with_mesh"]),
-            "with_walk": changed(old.with_walk, walk, min(level_walk, walk.affine_deg)),
-        }
-    )
-    path.write_text(json.dumps(new.model_dump(), indent=2) + "\n", encoding="utf-8")
+    new = updated(refiner.weights, {name: {"spread": one.spread, "placed": one.placed} for name, one in found.items()})
+    (given.weights / CONFIG_FILE).write_text(json.dumps(new.model_dump(), indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
