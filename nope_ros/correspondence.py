@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import cv2
 import numpy as np
@@ -50,7 +50,7 @@ from nope_ros.pose import (
     projective_distance,
     rotation_covariance,
 )
-from nope_ros.prior import constrained
+from nope_ros.prior import PRIORS, Prior, constrained
 from nope_ros.refine import Refined, over_modes
 from nope_ros.rotations import exp, geodesic_distance, log, twist
 
@@ -83,7 +83,9 @@ class Trust(BaseModel):
 
     Attributes:
         asked: whether the network is asked at all.
-        spread: standard deviation of its rotation's error about each axis, relative to the error that it expects.
+        spread: standard deviation of its rotation's error about each axis, relative to the error that it expects; by
+            what is known of gravity. Without it, two views alone hardly tell how far a part turned from how deep it
+            lies.
         hypotheses: most modes of the templates that are tried.
         first_steps: looks at each of them, before the best goes on.
         steps: looks at the best.
@@ -98,7 +100,7 @@ class Trust(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     asked: bool = True
-    spread: float = Field(default=1.0, gt=0)
+    spread: dict[Prior, Annotated[float, Field(gt=0)]] = Field(default_factory=lambda: dict.fromkeys(PRIORS, 1.0))
     hypotheses: int = Field(default=4, ge=1, le=16)
     first_steps: int = Field(default=3, ge=1, le=16)
     steps: int = Field(default=8, ge=1, le=32)
@@ -324,7 +326,7 @@ class CorrespondenceRefiner:
         self, query: Query, registered: RegisteredObject, estimate: PoseEstimate, found: Found, fitted: Fit
     ) -> Refined:
         """The pose of a fit in depth, as far as the prior allows it."""
-        sigma = self.trust(registered).spread * found.sigma
+        sigma = self.trust(registered).spread[estimate.prior] * found.sigma
         return self._refined(
             "depth",
             query,
@@ -346,7 +348,9 @@ class CorrespondenceRefiner:
     ) -> Refined:
         """What one stage of ``look`` found, as far as the prior allows it, and its rotation as if it were certain."""
         R, centre = found.R, found.centre_virtual
-        covariance: Array | None = self._covariance(query, estimate, self.trust(registered).spread * found.sigma)
+        covariance: Array | None = self._covariance(
+            query, estimate, self.trust(registered).spread[estimate.prior] * found.sigma
+        )
         if stage == "affine":
             R, centre = found.affine_R, found.affine_centre_virtual
             covariance = None  # the viewing direction, which is most of it, is the templates'
@@ -372,7 +376,9 @@ class CorrespondenceRefiner:
             # What many frames say of how a thing is turned is surer than what one comparison with one image says.
             matched = self._egocentric(query, registered, estimate, found.R)
             of_mode = seen.moment_within(delta_R, CONFIDENCE_RADIUS)
-            gain = of_mode @ np.linalg.inv(of_mode + self._covariance(query, estimate, trust.spread * found.sigma))
+            gain = of_mode @ np.linalg.inv(
+                of_mode + self._covariance(query, estimate, trust.spread[estimate.prior] * found.sigma)
+            )
             delta_R = exp(gain @ log(matched @ delta_R.T)) @ delta_R
             # Between two rotations that gravity allows, but only nearly one of them.
             R_virtual = query.crop.R_virtual_camera @ delta_R @ registered.R_virtual_camera.T

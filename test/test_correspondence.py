@@ -29,7 +29,7 @@ from nope_ros.models.correspondence import (
     project,
     solve,
 )
-from nope_ros.prior import Prior, constrained
+from nope_ros.prior import PRIORS, Prior, constrained
 from nope_ros.rotations import exp, geodesic_distance, look_at, twist
 from nope_ros.training.procedural import procedural_object
 from nope_ros.training.render import render
@@ -231,7 +231,9 @@ def test_templates_and_matches_turn_an_object_together(prior: Prior) -> None:
     found = refiner.look(query, registered, estimate)
     trust = refiner.trust(registered)
     answers = {
-        spread: refiner.answer(query, registered, estimate, found, trust.model_copy(update={"spread": spread}))
+        spread: refiner.answer(
+            query, registered, estimate, found, trust.model_copy(update={"spread": dict.fromkeys(PRIORS, spread)})
+        )
         for spread in (1e-6, 0.5, 1.0, 2.0, 1e6)
     }
     mode, matched = found.modes[0].R, refiner.alone(query, registered, estimate, found, "offsets").modes[0].R
@@ -350,12 +352,12 @@ def test_the_spread_is_that_of_the_errors_as_far_as_it_harms_nobody() -> None:
     def error(rotation_deg: float) -> StageError:
         return StageError(rotation_deg, 0.0, 0.0, 0.0, 2.0, float("nan"), 0.0)
 
-    def pairs(boast: float, tails: float = 0.0) -> list[Pair]:
+    def pairs(boast: float) -> list[Pair]:
         """Errors about one axis, of 5° by the templates and ``boast`` times the expected one by the network."""
         made = []
         for _ in range(1000):
             sigma, off = rng.uniform(2, 10), rng.normal(scale=5.0)
-            matched = boast * rng.normal() * sigma + tails * rng.normal(scale=20.0)
+            matched = boast * rng.normal() * sigma
             rows = {TEMPLATE: error(abs(off)), OFFSETS: error(abs(matched))}
             for spread in SPREADS:
                 gain = 25 / (25 + (spread * sigma) ** 2)
@@ -364,14 +366,13 @@ def test_the_spread_is_that_of_the_errors_as_far_as_it_harms_nobody() -> None:
             made.append(Pair("", rows, sigma, compared))
         return made
 
-    assert 0.8 < choose([pairs(1.0)], 0.3).spread < 1.3
-    assert 1.4 < choose([pairs(1.7)], 0.3).spread < 2.1
-    careful = choose([pairs(1.0)], 0.05)
+    assert 0.8 < choose(pairs(1.0), 0.3).spread < 1.3
+    assert 1.4 < choose(pairs(1.7), 0.3).spread < 2.1
+    careful = choose(pairs(1.0), 0.05)
     assert 1.3 < careful.spread < 1000 and careful.worse_percent <= 5
     assert careful.rotation_deg[1] < careful.rotation_deg[0]
     assert careful.placed == pytest.approx(0.02 / 0.6745, abs=1e-3)
-    assert choose([pairs(1.0)], 0.0).worse_percent == 0, "nobody is harmed where little is believed"
-    assert choose([pairs(1.0), pairs(1.0, tails=1.0)], 0.05).spread > careful.spread, "no kind more than so many"
+    assert choose(pairs(1.0), 0.0).worse_percent == 0, "nobody is harmed where little is believed"
 
 
 def test_support_counts_as_much_as_it_tells() -> None:

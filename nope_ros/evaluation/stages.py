@@ -233,7 +233,7 @@ def judge(
         rows[row] = pose, looked
     for trust in trusts:
         believed = refiner.answer(seen, registered, template, found, trust)
-        rows[f"spread {trust.spread:g}"] = moved(template, believed, reference), looked
+        rows[f"spread {trust.spread[prior]:g}"] = moved(template, believed, reference), looked
     asked = refiner.trust(registered).asked
     answer = after(template, refiner.answer(seen, registered, template, found) if asked else None)
     if settle and frame.depth is not None:
@@ -337,7 +337,10 @@ def judge_set(
             except InputError:
                 continue
             registered = whole or known[first]
-            trusts = [refiner.trust(registered).model_copy(update={"spread": spread}) for spread in spreads]
+            trusts = [
+                refiner.trust(registered).model_copy(update={"spread": dict.fromkeys(PRIORS, spread)})
+                for spread in spreads
+            ]
             yield judge(estimator, refiner, registered, evaluated, query, frames[second], prior, model, settle, trusts)
 
 

@@ -5,8 +5,8 @@
 The network says of each mode of the templates how likely it is the right one. That counts, beside the mode's own
 probability, as much as makes the right ones likeliest. It also says how large an error it expects. The answer's
 rotation is the mean of the templates' mode and of the network's, each weighed by its precision; that of the network
-follows from ``Trust.spread``, of which that is chosen whose answers are best among those that make at most ``--harm``
-of the queries worse by more than 2°, whatever is known of gravity. Procedural objects are of seeds that neither
+follows from ``Trust.spread``, of which that is chosen, for each prior, whose answers are best among those that make at
+most ``--harm`` of the queries worse by more than 2°. Procedural objects are of seeds that neither
 training nor evaluation draws, meshes those that training holds out; test data have no part in it. The answers depend on
 the templates, so that this is run again when their weights change.
 """
@@ -17,7 +17,7 @@ import argparse
 import json
 import sys
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -62,7 +62,7 @@ class Chosen:
     Attributes:
         spread: see ``Trust``.
         placed: see ``Trust``.
-        worse_percent: of the queries whose template is right, those that became worse, of the kind with most of them.
+        worse_percent: of the queries whose template is right, those that became worse.
         rotation_deg: median of the same, with the templates' before it.
         translation_percent: the same.
         count: how many these are.
@@ -76,40 +76,36 @@ class Chosen:
     count: int
 
 
-def choose(kinds: Sequence[Sequence[Pair]], harm: float) -> Chosen:
-    """The spread that serves some kinds of queries best, each counting the same.
+def choose(pairs: Sequence[Pair], harm: float) -> Chosen:
+    """The spread that serves queries of one kind best.
 
     Args:
-        kinds: of queries; their pairs have a row for each of ``SPREADS``.
-        harm: largest share of any kind that may become worse by more than 2°.
+        pairs: with a row for each of ``SPREADS``.
+        harm: largest share of them that may become worse by more than 2°.
     """
-    right = [[pair for pair in pairs if pair.right] for pairs in kinds]
-    right = [pairs for pairs in right if pairs]
+    right = [pair for pair in pairs if pair.right]
 
-    def errors(pairs: Sequence[Pair], row: str, field: str = "rotation_deg") -> NDArray[np.float64]:
-        return np.array([getattr(pair.errors[row], field) for pair in pairs])
+    def errors(row: str, field: str = "rotation_deg") -> NDArray[np.float64]:
+        return np.array([getattr(pair.errors[row], field) for pair in right])
 
     def loss(spread: float) -> float:
-        return float(np.mean([np.minimum(errors(pairs, _row(spread)), _WORST_DEG).mean() for pairs in right]))
+        return float(np.minimum(errors(_row(spread)), _WORST_DEG).mean())
 
     def worse(spread: float) -> float:
-        before_after = [(errors(pairs, TEMPLATE), errors(pairs, _row(spread))) for pairs in right]
-        return max(float((after > before + HARM_DEG).mean()) for before, after in before_after)
+        return float((errors(_row(spread)) > errors(TEMPLATE) + HARM_DEG).mean())
 
-    harmless = [spread for spread in SPREADS if worse(spread) <= harm] or [SPREADS[-1]]
-    spread = min(harmless, key=loss)
-    pooled = [pair for pairs in right for pair in pairs]
-    rows = TEMPLATE, _row(spread)
-    rotation = [float(np.median(errors(pooled, row))) for row in rows]
-    translation = [float(np.median(errors(pooled, row, "translation_percent"))) for row in rows]
-    matched = float(np.median(errors(pooled, OFFSETS, "translation_percent")))
+    spread = min([one for one in SPREADS if worse(one) <= harm] or SPREADS[-1:], key=loss)
+    rotation, translation = (
+        [float(np.median(errors(row, field))) for row in (TEMPLATE, _row(spread))]
+        for field in ("rotation_deg", "translation_percent")
+    )
     return Chosen(
         spread=spread,
-        placed=round(matched / _NORMAL_MEDIAN / 100, 3),
+        placed=round(float(np.median(errors(OFFSETS, "translation_percent"))) / _NORMAL_MEDIAN / 100, 3),
         worse_percent=100 * worse(spread),
         rotation_deg=(rotation[0], rotation[1]),
         translation_percent=(translation[0], translation[1]),
-        count=len(pooled),
+        count=len(right),
     )
 
 
@@ -219,44 +215,55 @@ def main(arguments: Sequence[str] | None = None) -> None:
     counts = {name: fit_support(pairs) for name, pairs in judged.items()}
     old = refiner.weights
 
-    def updated(weights: CorrespondenceWeights, changes: dict[str, dict[str, float]]) -> CorrespondenceWeights:
+    def updated(weights: CorrespondenceWeights, changes: dict[str, dict[str, Any]]) -> CorrespondenceWeights:
         return weights.model_copy(
             update={name: getattr(weights, name).model_copy(update=values) for name, values in changes.items()}
         )
 
-    refiner.weights = updated(
-        old,
-        {
-            name: {"support": support, "from_near": from_near, "placed": _ALONE}
-            for name, (support, from_near) in counts.items()
-        },
-    )
+    counted = {name: {"support": support, "from_near": from_near} for name, (support, from_near) in counts.items()}
+    refiner.weights = updated(old, {name: {**values, "placed": _ALONE} for name, values in counted.items()})
+
+    def chosen(of: Callable[[Prior], list[Pair]], priors: Sequence[Prior] = PRIORS) -> dict[Prior, Chosen]:
+        return {prior: choose(of(prior), given.harm) for prior in priors}
+
     found = {
-        "with_image": choose([gather(estimator, refiner, prior, given.meshes, **size) for prior in PRIORS], given.harm),
-        "with_depth": choose([gather(estimator, refiner, "free", given.meshes, depth=True, **size)], given.harm),
-        "with_mesh": choose([of_mesh()], given.harm),
+        "with_image": chosen(lambda prior: gather(estimator, refiner, prior, given.meshes, **size)),
+        # Depth tells what gravity would; it is the same with it.
+        "with_depth": chosen(
+            lambda prior: gather(estimator, refiner, prior, given.meshes, depth=True, **size), ("free",)
+        ),
+        "with_mesh": chosen(lambda prior: of_mesh(), ("free",)),
     }
     if asked_of_walks:
-        found["with_walk"] = choose([walks(prior) for prior in PRIORS], given.harm)
+        found["with_walk"] = chosen(walks)
     table = Table(title=f"{given.weights}", title_justify="left")
     for heading in ("", "queries", "spread", "placed", "worse by 2°", "rotation", "translation"):
         table.add_column(heading, justify="right")
-    for name, one in found.items():
-        table.add_row(
-            name,
-            str(one.count),
-            f"{one.spread:.2f}",
-            f"{100 * one.placed:.1f} %",
-            f"{one.worse_percent:.0f} %",
-            f"{one.rotation_deg[0]:.1f}° → {one.rotation_deg[1]:.1f}°",
-            f"{one.translation_percent[0]:.1f} % → {one.translation_percent[1]:.1f} %",
-        )
+    for name, by_prior in found.items():
+        for prior, one in by_prior.items():
+            table.add_row(
+                f"{name}, {prior}",
+                str(one.count),
+                f"{one.spread:.2f}",
+                f"{100 * one.placed:.1f} %",
+                f"{one.worse_percent:.0f} %",
+                f"{one.rotation_deg[0]:.1f}° → {one.rotation_deg[1]:.1f}°",
+                f"{one.translation_percent[0]:.1f} % → {one.translation_percent[1]:.1f} %",
+            )
     console = Console()
     console.width = max(console.width, 120)
     console.print(table, f"support counts, and from near: {counts}")
     if given.dry_run:
         return
-    new = updated(refiner.weights, {name: {"spread": one.spread, "placed": one.placed} for name, one in found.items()})
+    changes: dict[str, dict[str, Any]] = {
+        name: {
+            **counted.get(name, {}),
+            "spread": {prior: by_prior.get(prior, by_prior["free"]).spread for prior in PRIORS},
+            "placed": round(float(np.mean([one.placed for one in by_prior.values()])), 3),
+        }
+        for name, by_prior in found.items()
+    }
+    new = updated(old, changes)
     (given.weights / CONFIG_FILE).write_text(json.dumps(new.model_dump(), indent=2) + "\n", encoding="utf-8")
 
 
