@@ -372,8 +372,7 @@ class CorrespondenceRefiner:
         best, *others = found.modes
         delta_R, seen = best.R, found.distribution
         covariance = rotation_covariance(seen, delta_R)
-        if estimate.stage != "tracking" or registered.rendered is not None:
-            # What many frames say of how a thing is turned is surer than what one comparison with one image says.
+        if not _surer(estimate, registered):
             matched = self._egocentric(query, registered, estimate, found.R)
             of_mode = seen.moment_within(delta_R, CONFIDENCE_RADIUS)
             gain = of_mode @ np.linalg.inv(
@@ -428,6 +427,8 @@ class CorrespondenceRefiner:
         """
         delta_R = self._egocentric(query, registered, estimate, R)
         best, *others = found.modes
+        if _surer(estimate, registered):
+            delta_R, covariance = best.R, None
         matched = query.crop.R_virtual_camera.T @ centre
         placed = self._placed(stage, query, registered, found, matched, self.trust(registered))
         answer, seen = Mode(delta_R, best.probability), found.distribution
@@ -676,6 +677,11 @@ class _Search:
             affine=self.affine[one],
             step=self.step[one],
         )
+
+
+def _surer(estimate: PoseEstimate, registered: RegisteredObject) -> bool:
+    """Whether the rotation is known already: many frames say more of it than one comparison with one image does."""
+    return estimate.stage == "tracking" and registered.rendered is None
 
 
 def _outlined(query: Query, found: Found) -> Array:
