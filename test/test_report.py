@@ -134,6 +134,7 @@ def test_how_long_baselines_were_trained_is_told(tmp_path):
     given.as_long_weights = tmp_path / "as_long"
     assert "Ours, trained as long as that: 12,345 steps, 310.5 minutes" in list(module._learnt(given))[2]
     assert "less than" not in list(module._learnt(given, 563.0))[2]
+    assert "ours above took 563 minutes, the row after it as many as this" in list(module._learnt(given, 563.0))[1]
     given.as_long_weights = tmp_path / "longer"
     with pytest.raises(InputError, match="311 minutes, longer than the paper's form"):
         list(module._learnt(given))

@@ -816,6 +816,8 @@ def _learnt(given: argparse.Namespace, ours: float | None = None) -> Iterator[st
                     "train it anew with a smaller budget_minutes"
                 )
             note += ", and templates alone, from nothing, on the same renders"
+        elif folder == given.unet_weights and given.as_long_weights is not None and ours is not None:
+            note += f"; ours above took {ours:g} minutes, the row after it as many as this"
         elif ours is not None and training["minutes"] < ours:
             note += f"; that is less than our {ours:g} minutes, so that its rows are not of equal training"
         yield f" {name}: {told}{note}."
