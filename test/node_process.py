@@ -20,6 +20,8 @@ import numpy as np
 import pytest
 import rclpy
 from builtin_interfaces.msg import Time
+from rcl_interfaces.msg import Parameter, ParameterType, ParameterValue
+from rcl_interfaces.srv import SetParameters
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.qos import QoSProfile
 from sensor_msgs.msg import CameraInfo, Image
@@ -293,3 +295,13 @@ def ros_context() -> Iterator[None]:
         yield
     finally:
         rclpy.try_shutdown()
+
+
+def set_parameter(robot: Robot, name: str, value: Any) -> str:
+    """Sets a parameter; returns why it was refused, or ''."""
+    kind = {bool: "bool", int: "integer", float: "double", str: "string", list: "double_array"}[type(value)]
+    message = ParameterValue(type=getattr(ParameterType, f"PARAMETER_{kind.upper()}"), **{f"{kind}_value": value})
+    request = SetParameters.Request(parameters=[Parameter(name=name, value=message)])
+    result = robot.call(SetParameters, f"{robot.name}/set_parameters", request).results[0]
+    assert result.successful == (not result.reason)
+    return str(result.reason)

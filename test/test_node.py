@@ -35,11 +35,10 @@ from node_process import (
     reliable,
     ros_context,
     scene,
+    set_parameter,
     stamp,
     write_untrained_weights,
 )
-from rcl_interfaces.msg import Parameter, ParameterType, ParameterValue
-from rcl_interfaces.srv import SetParameters
 from rclpy.qos import ReliabilityPolicy
 from scipy.spatial.transform import Rotation
 from sensor_msgs.msg import CompressedImage, Imu
@@ -89,16 +88,6 @@ def robot(connected: Robot) -> Iterator[Robot]:
     yield connected
     for object_id in connected.objects():
         connected.unregister(object_id)
-
-
-def set_parameter(robot: Robot, name: str, value: Any) -> str:
-    """Sets a parameter; returns why it was refused, or ''."""
-    kind = {bool: "bool", int: "integer", float: "double", str: "string", list: "double_array"}[type(value)]
-    message = ParameterValue(type=getattr(ParameterType, f"PARAMETER_{kind.upper()}"), **{f"{kind}_value": value})
-    request = SetParameters.Request(parameters=[Parameter(name=name, value=message)])
-    result = robot.call(SetParameters, f"{robot.name}/set_parameters", request).results[0]
-    assert result.successful == (not result.reason)
-    return str(result.reason)
 
 
 def rotation(q: Quaternion) -> np.ndarray:
