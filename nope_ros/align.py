@@ -21,10 +21,10 @@ from nope_ros.crop import FILL, Crop
 from nope_ros.estimator import RegisteredObject
 from nope_ros.features import FeatureExtractor
 from nope_ros.frame import InputError
-from nope_ros.harmonics import spherical_harmonics, wigner_d
+from nope_ros.harmonics import spherical_harmonics
 from nope_ros.latent import RotatedLatentPredictor
-from nope_ros.match import common_latents, free_turns
-from nope_ros.models.rotated_latent import as_template, correlation, flatten_d
+from nope_ros.match import Turns, common_latents, free_turns
+from nope_ros.models.rotated_latent import as_template, correlation
 from nope_ros.prior import free_rotations
 from nope_ros.rotations import exp
 from nope_ros.video import HULL_DIRECTIONS, View, hull_pixels, outline_radii
@@ -186,8 +186,8 @@ def align_surfaces(
     both = correlation(a.latent[None], b.latent[None])[0] / (_self_product(a) * _self_product(b)) ** 0.5
 
     def cosines(rotations: Array) -> Array:
-        turned = flatten_d(wigner_d(torch.tensor(rotations, dtype=torch.float32), _bandwidth(a)))
-        return np.asarray((turned @ both).double().numpy())
+        turns = Turns.of(rotations, _bandwidth(a), a.latent.device)
+        return np.asarray(turns.values(both[None])[:, 0].double().numpy())
 
     scored = judge(candidates)[0]
     if by_latents:

@@ -320,21 +320,21 @@ class CorrespondenceRefiner:
         # The rotation is the estimate's, and so is its mode, whichever was chosen from the image.
         own = min(found.modes, key=lambda mode: float(geodesic_distance(mode.R, estimate.delta_R)))
         found = replace(found, modes=(own, *(mode for mode in found.modes if mode is not own)))
-        return self._refined("depth", query, registered, estimate, found, R, centre, None)
+        return self._certain("depth", query, registered, estimate, found, R, left.T @ centre, None)
 
     def answer_in_depth(
         self, query: Query, registered: RegisteredObject, estimate: PoseEstimate, found: Found, fitted: Fit
     ) -> Refined:
         """The pose of a fit in depth, as far as the prior allows it."""
         sigma = self.trust(registered).spread[estimate.prior] * found.sigma
-        return self._refined(
+        return self._certain(
             "depth",
             query,
             registered,
             estimate,
             found,
             fitted.R @ found.matches.R_view,
-            fitted.t,
+            query.crop.R_virtual_camera.T @ fitted.t,
             self._covariance(query, estimate, sigma),
         )
 
@@ -347,14 +347,13 @@ class CorrespondenceRefiner:
         stage: Literal["affine", "offsets"],
     ) -> Refined:
         """What one stage of ``look`` found, as far as the prior allows it, and its rotation as if it were certain."""
-        R, centre = found.R, found.centre_virtual
-        covariance: Array | None = self._covariance(
-            query, estimate, self.trust(registered).spread[estimate.prior] * found.sigma
-        )
+        R, centre, trust = found.R, found.centre_virtual, self.trust(registered)
+        within: Array | None = self._covariance(query, estimate, trust.spread[estimate.prior] * found.sigma)
         if stage == "affine":
             R, centre = found.affine_R, found.affine_centre_virtual
-            covariance = None  # the viewing direction, which is most of it, is the templates'
-        return self._refined(stage, query, registered, estimate, found, R, centre, covariance)
+            within = None  # the viewing direction, which is most of it, is the templates'
+        placed = self._placed(query, registered, found, centre, trust)
+        return self._certain(stage, query, registered, estimate, found, R, placed, within)
 
     def answer(
         self,
@@ -369,30 +368,23 @@ class CorrespondenceRefiner:
         ``trust`` is of the object, unless another is given.
         """
         trust = trust or self.trust(registered)
-        best, *others = found.modes
-        delta_R, seen = best.R, found.distribution
-        covariance = rotation_covariance(seen, delta_R)
-        if not _surer(estimate, registered):
+        best, seen = found.modes[0], found.distribution
+        delta_R = best.R
+        if _surer(estimate, registered):
+            covariance = rotation_covariance(seen, delta_R)
+        else:
             matched = self._egocentric(query, registered, estimate, found.R)
             of_mode = seen.moment_within(delta_R, CONFIDENCE_RADIUS)
-            gain = of_mode @ np.linalg.inv(
-                of_mode + self._covariance(query, estimate, trust.spread[estimate.prior] * found.sigma)
-            )
+            of_matches = self._covariance(query, estimate, trust.spread[estimate.prior] * found.sigma)
+            gain = of_mode @ np.linalg.inv(of_mode + of_matches)
             delta_R = exp(gain @ log(matched @ delta_R.T)) @ delta_R
             # Between two rotations that gravity allows, but only nearly one of them.
             R_virtual = query.crop.R_virtual_camera @ delta_R @ registered.R_virtual_camera.T
             delta_R = self._egocentric(query, registered, estimate, R_virtual)
             left = (np.eye(3) - gain) @ of_mode
             covariance = seen.spread * over_modes(seen, Mode(delta_R, best.probability), 0.5 * (left + left.T))
-        matched_centre = query.crop.R_virtual_camera.T @ found.centre_virtual
-        centre = self._placed("offsets", query, registered, found, matched_centre, trust)
-        return Refined(
-            stage="offsets",
-            modes=(Mode(delta_R, best.probability), *others),
-            rotation_covariance=covariance,
-            centre=centre + _between(query, registered, estimate, found, delta_R),
-            distribution=seen,
-        )
+        centre = self._placed(query, registered, found, found.centre_virtual, trust)
+        return _refined("offsets", query, registered, estimate, found, delta_R, centre, covariance)
 
     @staticmethod
     def _egocentric(query: Query, registered: RegisteredObject, estimate: PoseEstimate, R: Array) -> Array:
@@ -410,7 +402,7 @@ class CorrespondenceRefiner:
             return covariance
         return sigma**2 * np.eye(3)
 
-    def _refined(
+    def _certain(
         self,
         stage: Stage,
         query: Query,
@@ -419,37 +411,27 @@ class CorrespondenceRefiner:
         found: Found,
         R: Array,
         centre: Array,
-        covariance: Array | None,
+        within: Array | None,
     ) -> Refined:
-        """From virtual cameras to the estimate's: R (3, 3) and the view's centre (3,) to ``Refined``.
+        """A rotation R (3, 3) between virtual cameras that is not weighed against the templates'.
 
-        ``covariance`` is of R if its mode is the right one; None: as wide as the distribution around the mode.
+        ``centre`` is the view's, camera axes; ``within`` the covariance of R if its mode is the right one, or None: as
+        wide as the distribution around the mode.
         """
+        best, seen = found.modes[0], found.distribution
         delta_R = self._egocentric(query, registered, estimate, R)
-        best, *others = found.modes
         if _surer(estimate, registered):
-            delta_R, covariance = best.R, None
-        matched = query.crop.R_virtual_camera.T @ centre
-        placed = self._placed(stage, query, registered, found, matched, self.trust(registered))
-        answer, seen = Mode(delta_R, best.probability), found.distribution
-        return Refined(
-            stage=stage,
-            modes=(answer, *others),
-            rotation_covariance=(
-                rotation_covariance(seen, best.R) if covariance is None else over_modes(seen, answer, covariance)
-            ),
-            centre=placed + _between(query, registered, estimate, found, delta_R),
-            distribution=seen,
-        )
+            delta_R, within = best.R, None
+        if within is None:
+            covariance = rotation_covariance(seen, best.R)
+        else:
+            covariance = over_modes(seen, Mode(delta_R, best.probability), within)
+        return _refined(stage, query, registered, estimate, found, delta_R, centre, covariance)
 
     @staticmethod
-    def _placed(
-        stage: Stage, query: Query, registered: RegisteredObject, found: Found, matched: Array, trust: Trust
-    ) -> Array:
+    def _placed(query: Query, registered: RegisteredObject, found: Found, centre_virtual: Array, trust: Trust) -> Array:
         """The view's centre (3,), as matches and as the outline have it, each as far as it is to be trusted."""
-        if stage not in _STAGES:
-            return matched
-        outlined = _outlined(query, found)
+        matched, outlined = query.crop.R_virtual_camera.T @ centre_virtual, _outlined(query, found)
         turned = registered.turned(found.modes[0].R, query.crop.R_virtual_camera)
         apart = outline_sigma(query.crop, turned) ** 2
         together: Array = outlined + apart / (apart + trust.placed**2) * (matched - outlined)
@@ -677,6 +659,27 @@ class _Search:
             affine=self.affine[one],
             step=self.step[one],
         )
+
+
+def _refined(
+    stage: Stage,
+    query: Query,
+    registered: RegisteredObject,
+    estimate: PoseEstimate,
+    found: Found,
+    delta_R: Array,
+    centre: Array,
+    covariance: Array,
+) -> Refined:
+    """A rotation (3, 3), its covariance (3, 3), and the view's centre (3,), camera axes, in place of the estimate's."""
+    best, *others = found.modes
+    return Refined(
+        stage=stage,
+        modes=(Mode(delta_R, best.probability), *others),
+        rotation_covariance=covariance,
+        centre=centre + _between(query, registered, estimate, found, delta_R),
+        distribution=found.distribution,
+    )
 
 
 def _surer(estimate: PoseEstimate, registered: RegisteredObject) -> bool:

@@ -143,17 +143,21 @@ class RotationDistribution:
 
         Includes the variance within one cell of the grid, so that a sharp answer is not taken for an exact one.
         """
-        kept = self.probabilities > 1e-8  # the rest, together, is below a hundredth of a percent
-        vectors = log(self.rotations[kept] @ R.T)
-        moment: Array = (self.probabilities[kept, None] * vectors).T @ vectors
+        vectors, weights = self._around(R)
+        moment: Array = (weights[:, None] * vectors).T @ vectors
         return moment + np.eye(3) * self.spacing**2 / 12
 
     def moment_within(self, R: Array, angle: float) -> Array:
         """The same, of what lies within ``angle`` radians of R (3, 3) alone: how wide one mode is."""
-        near = (self.probabilities > 1e-8) & (geodesic_distance(self.rotations, R) <= angle)
-        vectors, weights = log(self.rotations[near] @ R.T), self.probabilities[near]
+        vectors, weights = self._around(R)
+        weights = np.where(np.linalg.norm(vectors, axis=1) <= angle, weights, 0.0)
         moment: Array = (weights[:, None] * vectors).T @ vectors / max(weights.sum(), 1e-12)
         return moment + np.eye(3) * self.spacing**2 / 12
+
+    def _around(self, R: Array) -> tuple[Array, Array]:
+        """log(R_k Rᵀ) (K, 3) and probabilities (K,); what is left out is, together, below a hundredth of a percent."""
+        kept = self.probabilities > 1e-8
+        return log(self.rotations[kept] @ R.T), self.probabilities[kept]
 
     @cached_property
     def ambiguity(self) -> Ambiguity:

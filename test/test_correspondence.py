@@ -211,19 +211,21 @@ def test_matches_and_outline_place_an_object_together() -> None:
     assert 0.2 < shares[0] < 0.6 < shares[1] < 0.95
 
 
+def seen_from(*directions: list[float], x: float = 0.0) -> tuple[list[Frame], list[np.ndarray]]:
+    """An object that training never drew, 5 m away and ``x`` beside the axis, from each direction; gravity in each."""
+    mesh = procedural_object(FIRST_UNSEEN_SEED + 2).normalised()[0]
+    K = np.array([[600.0, 0, 319.5], [0, 600.0, 239.5], [0, 0, 1]])
+    rotations = [look_at(np.array(direction)) for direction in directions]
+    views = [render(mesh, R, np.array([x, 0.0, 5.0]), K, 640, 480) for R in rotations]
+    return [Frame.from_arrays(view.rgb, view.mask, K) for view in views], [R @ [0.0, 0.0, -1.0] for R in rotations]
+
+
 @pytest.mark.parametrize("prior", ["free", "upright", "standing"])
 def test_templates_and_matches_turn_an_object_together(prior: Prior) -> None:
     """The less the network is believed, the nearer to the templates; always as gravity allows, and surer than they."""
     estimator = PoseEstimator.from_pretrained(device="cpu")
     refiner = CorrespondenceRefiner.from_pretrained(device="cpu")
-    mesh = procedural_object(FIRST_UNSEEN_SEED + 2).normalised()[0]
-    down, K = np.array([0.0, 0.0, -1.0]), np.array([[600.0, 0, 319.5], [0, 600.0, 239.5], [0, 0, 1]])
-    frames, gravity = [], []
-    for direction in ([1.0, 0.0, 0.5], [1.0, 0.3, 0.4]):
-        R = look_at(np.array(direction))
-        view = render(mesh, R, np.array([0.3, 0.0, 5.0]), K, 640, 480)
-        frames.append(Frame.from_arrays(view.rgb, view.mask, K))
-        gravity.append(R @ down)
+    frames, gravity = seen_from([1.0, 0.0, 0.5], [1.0, 0.3, 0.4], x=0.3)
     level = gravity if prior != "free" else [None, None]
     registered = estimator.register_frame(frames[0], gravity_camera=level[0], reference_distance=5.0)
     query = estimator.look(frames[1], level[1])
@@ -253,14 +255,7 @@ def test_templates_and_matches_turn_an_object_together(prior: Prior) -> None:
 
 def test_what_was_tracked_keeps_its_rotation_and_is_placed() -> None:
     estimator = PoseEstimator.from_pretrained(device="cpu", refinement="correspondence")
-    mesh = procedural_object(FIRST_UNSEEN_SEED + 2).normalised()[0]
-    down, K = np.array([0.0, 0.0, -1.0]), np.array([[600.0, 0, 319.5], [0, 600.0, 239.5], [0, 0, 1]])
-    frames, gravity = [], []
-    for direction in ([1.0, 0.0, 0.5], [1.0, 0.15, 0.5]):
-        R = look_at(np.array(direction))
-        view = render(mesh, R, np.array([0.0, 0.0, 5.0]), K, 640, 480)
-        frames.append(Frame.from_arrays(view.rgb, view.mask, K))
-        gravity.append(R @ down)
+    frames, gravity = seen_from([1.0, 0.0, 0.5], [1.0, 0.15, 0.5])
     registered = estimator.register_frame(frames[0], gravity_camera=gravity[0], reference_distance=5.0)
     query = estimator.look(frames[1], gravity[1])
     alone = estimator.match(query, registered)

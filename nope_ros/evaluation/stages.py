@@ -190,6 +190,11 @@ def _error(
     )
 
 
+def spread_row(spread: float) -> str:
+    """The row of what the answer would be under another spread of the refiner's trust."""
+    return f"spread {spread:g}"
+
+
 def partial_answers(
     refiner: CorrespondenceRefiner, query: Query, registered: RegisteredObject, template: PoseEstimate, found: Found
 ) -> dict[str, PoseEstimate]:
@@ -233,7 +238,7 @@ def judge(
         rows[row] = pose, looked
     for trust in trusts:
         believed = refiner.answer(seen, registered, template, found, trust)
-        rows[f"spread {trust.spread[prior]:g}"] = moved(template, believed, reference), looked
+        rows[spread_row(trust.spread[prior])] = moved(template, believed, reference), looked
     asked = refiner.trust(registered).asked
     answer = after(template, refiner.answer(seen, registered, template, found) if asked else None)
     if settle and frame.depth is not None:

@@ -6,9 +6,9 @@ The network says of each mode of the templates how likely it is the right one. T
 probability, as much as makes the right ones likeliest. It also says how large an error it expects. The answer's
 rotation is the mean of the templates' mode and of the network's, each weighed by its precision; that of the network
 follows from ``Trust.spread``, of which that is chosen, for each prior, whose answers are best among those that make at
-most ``--harm`` of the queries worse by more than 2°. Procedural objects are of seeds that neither
-training nor evaluation draws, meshes those that training holds out; test data have no part in it. The answers depend on
-the templates, so that this is run again when their weights change.
+most ``--harm`` of the queries worse by more than 2°. Procedural objects are of seeds that neither training nor
+evaluation draws, meshes those that training holds out; test data have no part in it. The answers depend on the
+templates, so that this is run again when their weights change.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import argparse
 import json
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -34,7 +34,7 @@ from scipy.special import logsumexp
 from nope_ros.correspondence import CORRESPONDENCE_WEIGHTS, CorrespondenceRefiner, CorrespondenceWeights
 from nope_ros.estimator import PoseEstimator
 from nope_ros.evaluation.meshes import MESH_SUFFIXES, mesh_set, procedural_set
-from nope_ros.evaluation.stages import HARM_DEG, OFFSETS, TEMPLATE, Pair, judge_set
+from nope_ros.evaluation.stages import HARM_DEG, OFFSETS, TEMPLATE, Pair, judge_set, spread_row
 from nope_ros.frame import InputError
 from nope_ros.latent import CONFIG_FILE
 from nope_ros.prior import PRIORS, Prior
@@ -89,14 +89,14 @@ def choose(pairs: Sequence[Pair], harm: float) -> Chosen:
         return np.array([getattr(pair.errors[row], field) for pair in right])
 
     def loss(spread: float) -> float:
-        return float(np.minimum(errors(_row(spread)), _WORST_DEG).mean())
+        return float(np.minimum(errors(spread_row(spread)), _WORST_DEG).mean())
 
     def worse(spread: float) -> float:
-        return float((errors(_row(spread)) > errors(TEMPLATE) + HARM_DEG).mean())
+        return float((errors(spread_row(spread)) > errors(TEMPLATE) + HARM_DEG).mean())
 
     spread = min([one for one in SPREADS if worse(one) <= harm] or SPREADS[-1:], key=loss)
     rotation, translation = (
-        [float(np.median(errors(row, field))) for row in (TEMPLATE, _row(spread))]
+        [float(np.median(errors(row, field))) for row in (TEMPLATE, spread_row(spread))]
         for field in ("rotation_deg", "translation_percent")
     )
     return Chosen(
@@ -107,10 +107,6 @@ def choose(pairs: Sequence[Pair], harm: float) -> Chosen:
         translation_percent=(translation[0], translation[1]),
         count=len(right),
     )
-
-
-def _row(spread: float) -> str:
-    return f"spread {spread:g}"
 
 
 def fit_support(pairs: Sequence[Pair]) -> tuple[float, float]:
@@ -160,8 +156,12 @@ def gather(
     mesh_templates: bool = False,
     keyframes: int = 0,
     within_deg: float = 90.0,
+    spreads: Sequence[float] = (),
 ) -> list[Pair]:
-    """Queries of held-out objects: meshes, and, unless they are registered from these, as many procedural ones."""
+    """Queries of held-out objects: meshes, and, unless they are registered from these, as many procedural ones.
+
+    Arguments as of ``judge_set``.
+    """
     names = held_out(meshes)
     chosen = [names[n] for n in np.random.default_rng(0).permutation(len(names))[:count]]
     drawn: dict[str, Any] = {"protocols": (prior,), "references": 1, "pairs": pairs, "depth": depth}
@@ -170,7 +170,7 @@ def gather(
     found = mesh_set(meshes, _SEED, objects=chosen, **drawn)
     folder = meshes if mesh_templates else None
     options: dict[str, Any] = {"depth": depth, "settle": False, "within_deg": within_deg, "progress": True}
-    options |= {"keyframes": keyframes, "spreads": SPREADS}
+    options |= {"keyframes": keyframes, "spreads": spreads}
     judged = list(judge_set(found, estimator, refiner, prior, mesh_folder=folder, **options))
     if not mesh_templates:
         made = procedural_set(_SEED, count=count, **drawn)
@@ -197,21 +197,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # query is; where an object is seen from the other side, support misleads, and counts less for it.
     anywhere = {**size, "within_deg": 180.0}
 
-    def walks(prior: Prior) -> list[Pair]:
-        """Of sparse walks and of dense ones."""
-        found = [gather(estimator, refiner, prior, given.meshes, keyframes=count, **size) for count in _WALKS]
-        return [pair for pairs in found for pair in pairs]
+    def of(prior: Prior, **how: Any) -> list[Pair]:
+        return gather(estimator, refiner, prior, given.meshes, **how)
 
-    def of_mesh() -> list[Pair]:
-        return gather(estimator, refiner, "free", given.meshes, mesh_templates=True, **size)
+    def walks(prior: Prior, **how: Any) -> list[Pair]:
+        """Of sparse walks and of dense ones."""
+        return [pair for count in _WALKS for pair in of(prior, keyframes=count, **how)]
 
     judged = {
-        "with_image": [one for prior in PRIORS for one in gather(estimator, refiner, prior, given.meshes, **anywhere)],
-        "with_mesh": of_mesh(),
+        "with_image": [one for prior in PRIORS for one in of(prior, **anywhere)],
+        "with_mesh": of("free", mesh_templates=True, **size),
     }
     asked_of_walks = refiner.weights.with_walk.asked
     if asked_of_walks:
-        judged["with_walk"] = [one for prior in PRIORS for one in walks(prior)]
+        judged["with_walk"] = [one for prior in PRIORS for one in walks(prior, **size)]
     counts = {name: fit_support(pairs) for name, pairs in judged.items()}
     old = refiner.weights
 
@@ -223,19 +222,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     counted = {name: {"support": support, "from_near": from_near} for name, (support, from_near) in counts.items()}
     refiner.weights = updated(old, {name: {**values, "placed": _ALONE} for name, values in counted.items()})
 
-    def chosen(of: Callable[[Prior], list[Pair]], priors: Sequence[Prior] = PRIORS) -> dict[Prior, Chosen]:
-        return {prior: choose(of(prior), given.harm) for prior in priors}
-
-    found = {
-        "with_image": chosen(lambda prior: gather(estimator, refiner, prior, given.meshes, **size)),
+    weighed: dict[str, Any] = {**size, "spreads": SPREADS}
+    found: dict[str, dict[Prior, Chosen]] = {
+        "with_image": {prior: choose(of(prior, **weighed), given.harm) for prior in PRIORS},
         # Depth tells what gravity would; it is the same with it.
-        "with_depth": chosen(
-            lambda prior: gather(estimator, refiner, prior, given.meshes, depth=True, **size), ("free",)
-        ),
-        "with_mesh": chosen(lambda prior: of_mesh(), ("free",)),
+        "with_depth": {"free": choose(of("free", depth=True, **weighed), given.harm)},
+        "with_mesh": {"free": choose(of("free", mesh_templates=True, **weighed), given.harm)},
     }
     if asked_of_walks:
-        found["with_walk"] = chosen(walks)
+        found["with_walk"] = {prior: choose(walks(prior, **weighed), given.harm) for prior in PRIORS}
     table = Table(title=f"{given.weights}", title_justify="left")
     for heading in ("", "queries", "spread", "placed", "worse by 2°", "rotation", "translation"):
         table.add_column(heading, justify="right")
