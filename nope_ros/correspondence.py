@@ -22,7 +22,7 @@ from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 from nope_ros.depth import Fit, fit, sampled
-from nope_ros.distribution import CONFIDENCE_RADIUS, Mode, RotationDistribution
+from nope_ros.distribution import Mode, RotationDistribution
 from nope_ros.latent import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -43,6 +43,7 @@ from nope_ros.models.correspondence import (
     directions,
 )
 from nope_ros.pose import (
+    Measured,
     PoseEstimate,
     ReferencePose,
     Stage,
@@ -51,8 +52,8 @@ from nope_ros.pose import (
     rotation_covariance,
 )
 from nope_ros.prior import PRIORS, Prior, constrained
-from nope_ros.refine import Refined, over_modes
-from nope_ros.rotations import exp, geodesic_distance, log, twist
+from nope_ros.refine import Refined, over_modes, weighed
+from nope_ros.rotations import exp, geodesic_distance, twist
 
 if TYPE_CHECKING:
     from nope_ros.estimator import RegisteredObject
@@ -369,29 +370,16 @@ class CorrespondenceRefiner:
         """
         trust = trust or self.trust(registered)
         best, seen = found.modes[0], found.distribution
-        delta_R = best.R
+        R, sigma = registered.allowed(found.R, query, estimate.prior), found.sigma
         if _surer(estimate, registered):
-            covariance = rotation_covariance(seen, delta_R)
+            delta_R, covariance = best.R, rotation_covariance(seen, best.R)
         else:
-            matched = self._egocentric(query, registered, estimate, found.R)
-            of_mode = seen.moment_within(delta_R, CONFIDENCE_RADIUS)
-            of_matches = self._covariance(query, estimate, trust.spread[estimate.prior] * found.sigma)
-            gain = of_mode @ np.linalg.inv(of_mode + of_matches)
-            delta_R = exp(gain @ log(matched @ delta_R.T)) @ delta_R
-            # Between two rotations that gravity allows, but only nearly one of them.
-            R_virtual = query.crop.R_virtual_camera @ delta_R @ registered.R_virtual_camera.T
-            delta_R = self._egocentric(query, registered, estimate, R_virtual)
-            left = (np.eye(3) - gain) @ of_mode
-            covariance = seen.spread * over_modes(seen, Mode(delta_R, best.probability), 0.5 * (left + left.T))
+            spread = trust.spread[estimate.prior]
+            believed = Measured(R, self._covariance(query, estimate, spread * sigma))
+            delta_R, covariance = weighed(query, registered, estimate.prior, seen, best, believed)
         centre = self._placed(query, registered, found, found.centre_virtual, trust)
-        return _refined("offsets", query, registered, estimate, found, delta_R, centre, covariance)
-
-    @staticmethod
-    def _egocentric(query: Query, registered: RegisteredObject, estimate: PoseEstimate, R: Array) -> Array:
-        """The nearest delta_R (3, 3) that the prior allows, of a rotation R (3, 3) between virtual cameras."""
-        R_virtual = constrained(R, estimate.prior, registered.gravity_virtual, query.gravity_virtual)
-        delta_R: Array = query.crop.R_virtual_camera.T @ R_virtual @ registered.R_virtual_camera
-        return delta_R
+        answer = _refined("offsets", query, registered, estimate, found, delta_R, centre, covariance)
+        return replace(answer, matched=Measured(R, self._covariance(query, estimate, sigma)))
 
     @staticmethod
     def _covariance(query: Query, estimate: PoseEstimate, sigma: float) -> Array:
@@ -419,7 +407,7 @@ class CorrespondenceRefiner:
         wide as the distribution around the mode.
         """
         best, seen = found.modes[0], found.distribution
-        delta_R = self._egocentric(query, registered, estimate, R)
+        delta_R = registered.allowed(R, query, estimate.prior)
         if _surer(estimate, registered):
             delta_R, within = best.R, None
         if within is None:
@@ -433,7 +421,7 @@ class CorrespondenceRefiner:
         """The view's centre (3,), as matches and as the outline have it, each as far as it is to be trusted."""
         matched, outlined = query.crop.R_virtual_camera.T @ centre_virtual, _outlined(query, found)
         turned = registered.turned(found.modes[0].R, query.crop.R_virtual_camera)
-        apart = outline_sigma(query.crop, turned) ** 2
+        apart = outline_sigma(found.reference, query.crop, turned) ** 2
         together: Array = outlined + apart / (apart + trust.placed**2) * (matched - outlined)
         return together
 

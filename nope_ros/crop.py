@@ -8,6 +8,7 @@ is wrong by the angle between the object and the optical axis, up to some 20° a
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import cv2
 import numpy as np
@@ -45,6 +46,17 @@ class Crop:
     angular_radius: float
     pixel_radius: float
     roll_known: bool
+
+    @cached_property
+    def filled(self) -> float:
+        """Share of the enclosing circle that the mask fills."""
+        return filled(self.mask)
+
+
+def filled(mask: NDArray[np.uint8]) -> float:
+    """Share of its enclosing circle that the mask (S, S) of a crop fills, 0..255 a pixel."""
+    circle = np.pi * (FILL * mask.shape[0] / 2) ** 2
+    return max(float(mask.sum(dtype=np.int64)) / 255 / circle, 1 / circle)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nope_ros.crop import Crop, virtual_crop
+from nope_ros.crop import Crop, filled, virtual_crop
 from nope_ros.depth import reference_depth
 from nope_ros.distribution import RotationDistribution
 from nope_ros.frame import Camera, Frame, InputError
@@ -22,7 +22,7 @@ from nope_ros.latent import Predictor, RotatedLatentPredictor, load_predictor
 from nope_ros.match import Bank, HarmonicBank, ViewsBank, common_latents, predict_bank
 from nope_ros.mesh import Progress, RenderedViews, read_mesh, render_views, view_rotations
 from nope_ros.pose import PoseEstimate, ReferencePose, Sides, pose_estimate
-from nope_ros.prior import Hypotheses, Prior, free_rotations, hypotheses, resolve, upright_rotations
+from nope_ros.prior import Hypotheses, Prior, constrained, free_rotations, hypotheses, resolve, upright_rotations
 from nope_ros.refine import DEFAULT_REFINEMENT, Query, Refinement, Refiner, Step, load_refiner, moved, steps
 from nope_ros.settle import Settling
 from nope_ros.stopwatch import stage
@@ -207,6 +207,12 @@ class RegisteredObject:
         )
         # From virtual cameras (allocentric) back to the real ones (egocentric).
         return seen.transformed(query.crop.R_virtual_camera.T, self.R_virtual_camera)
+
+    def allowed(self, R: Array, query: Query, prior: Prior) -> Array:
+        """The nearest delta_R (3, 3), camera axes, that a prior allows; R (3, 3) is between virtual cameras."""
+        R_virtual = constrained(R, prior, self.gravity_virtual, query.gravity_virtual)
+        delta_R: Array = query.crop.R_virtual_camera.T @ R_virtual @ self.R_virtual_camera
+        return delta_R
 
     def pose_in(
         self, query: Query, distribution: RotationDistribution, similarity: float, prior: Prior
@@ -415,7 +421,15 @@ class PoseEstimator:
             object_id=object_id,
             predictor=self.predictor,
             latent=views.latents[0],
-            reference=ReferencePose(views.R[0], origin, distance, float(views.angular_radius[0]), offset, metric=True),
+            reference=ReferencePose(
+                R_camera_object=views.R[0],
+                t_camera_object=origin,
+                distance=distance,
+                angular_radius=float(views.angular_radius[0]),
+                filled=filled(views.crops[0, ..., 3]),
+                offset_object=offset,
+                metric=True,
+            ),
             R_virtual_camera=np.eye(3),
             gravity_virtual=None if gravity is None else views.R[0] @ gravity,
             thumbnail=np.ascontiguousarray(views.crops[0, ..., :3]),
@@ -643,7 +657,13 @@ def _reference_of(
         elif plan.t_camera_object is not None:  # no metres: the first distance is the unit, as elsewhere
             factor = 1 / distance
     pose = ReferencePose(
-        plan.R_camera_object, factor * t, factor * distance, radius / distance, np.zeros(3), scale != "unknown"
+        R_camera_object=plan.R_camera_object,
+        t_camera_object=factor * t,
+        distance=factor * distance,
+        angular_radius=radius / distance,
+        filled=crop.filled,
+        offset_object=np.zeros(3),
+        metric=scale != "unknown",
     )
     return pose, scale
 

@@ -21,7 +21,8 @@ from nope_ros.depth import measured_surface
 from nope_ros.distribution import CONFIDENCE_RADIUS, Mode, RotationDistribution
 from nope_ros.frame import Frame, InputError
 from nope_ros.latent import Predictor
-from nope_ros.pose import PoseEstimate, ReferencePose, Stage, place
+from nope_ros.pose import Measured, PoseEstimate, ReferencePose, Stage, place
+from nope_ros.prior import Prior
 from nope_ros.rotations import geodesic_distance, log
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ class Refined:
         centre_covariance: (3, 3) of it, without what the rotation adds to the origin of the object frame. None: as it
             was.
         distribution: over delta_R, with what the refiner saw of its modes. None: as it was.
+        matched: see ``PoseEstimate``.
     """
 
     stage: Stage
@@ -76,6 +78,7 @@ class Refined:
     centre: Array | None = None
     centre_covariance: Array | None = None
     distribution: RotationDistribution | None = None
+    matched: Measured | None = None
 
 
 class Refiner(Protocol):
@@ -116,6 +119,33 @@ def over_modes(distribution: RotationDistribution, best: Mode, within: Array) ->
     elsewhere = (share[:, None] * turns).T @ turns / share.sum()
     whole: Array = best.probability * within + (1 - best.probability) * elsewhere
     return whole
+
+
+def weighed(
+    query: Query,
+    registered: RegisteredObject,
+    prior: Prior,
+    distribution: RotationDistribution,
+    best: Mode,
+    measured: Measured,
+) -> tuple[Array, Array]:
+    """What the templates and a measurement say together, each weighed by its precision.
+
+    Args:
+        query: the frame.
+        registered: the object.
+        prior: what it excludes stays excluded.
+        distribution: over delta_R, of the templates.
+        best: the mode of it that the measurement is about.
+        measured: the same rotation.
+
+    Returns:
+        delta_R (3, 3), and the covariance (3, 3) of log(R R̂ᵀ), rad², camera axes.
+    """
+    found = Measured(best.R, distribution.moment_within(best.R, CONFIDENCE_RADIUS)).together(measured)
+    # Between two rotations that gravity allows, but only nearly one of them.
+    delta_R = registered.allowed(query.crop.R_virtual_camera @ found.R @ registered.R_virtual_camera.T, query, prior)
+    return delta_R, distribution.spread * over_modes(distribution, Mode(delta_R, best.probability), found.covariance)
 
 
 Step = Literal["correspondence", "synthesis"]
@@ -174,4 +204,5 @@ def moved(estimate: PoseEstimate, refined: Refined, reference: ReferencePose) ->
         stage=refined.stage,
         reference=reference,
         distribution=refined.distribution or estimate.distribution,
+        matched=refined.matched or estimate.matched,
     )

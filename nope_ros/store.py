@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from nope_ros.crop import filled
 from nope_ros.estimator import RegisteredObject
 from nope_ros.frame import InputError
 from nope_ros.latent import Predictor
@@ -222,6 +223,7 @@ class ObjectStore:
                     arrays["t_camera_object"],
                     float(distance),
                     float(angular_radius),
+                    filled(mask),
                     arrays["offset_object"],
                     bool(metric),
                 ),

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from nope_ros.crop import FILL, virtual_crop
 from nope_ros.frame import Camera, Frame, InputError
-from nope_ros.pose import outline_sigma
+from nope_ros.pose import ReferencePose, outline_sigma, projective_distance
 from nope_ros.rotations import exp, geodesic_distance, look_at
 from nope_ros.training.procedural import procedural_object
 from nope_ros.training.render import Lighting, render
@@ -109,10 +109,38 @@ def test_an_outline_misleads_by_its_pixels(radius, x, y, grown):
     """A pixel more or less around a small object is a large part of it, and the distance's spread says so."""
     v, u = np.mgrid[:480, :640]
     disc = np.hypot(u - 320 - x, v - 240 - y) <= radius + grown
-    crop = virtual_crop(Frame.from_arrays(np.zeros((480, 640, 3), np.uint8), disc, K), 96)
+    frame = Frame.from_arrays(np.zeros((480, 640, 3), np.uint8), disc, K)
+    crop = virtual_crop(frame, 96)
     relative = abs(crop.angular_radius * K[0, 0] / radius - 1)
-    assert relative < 2 * outline_sigma(crop, 0.0)
-    assert outline_sigma(crop, 0.0) > 1.2 / (radius + 2)
+    sigma = outline_sigma(ReferencePose.from_crop(crop, frame), crop, 0.0)
+    assert relative < 2 * sigma
+    assert sigma > 1.2 / (radius + 2)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.floats(0.35, 1.0), st.floats(0.35, 1.0), st.floats(0, np.pi))
+def test_a_long_things_distance_is_less_sure_and_less_wrong_than_its_circle_says(length, seen, angle):
+    """An ellipse that turns its long side away: its circle shrinks, and fills up."""
+    v, u = np.mgrid[:480, :640]
+
+    def look(extent):
+        along = (u - 320) * np.cos(angle) + (v - 240) * np.sin(angle)
+        across = (v - 240) * np.cos(angle) - (u - 320) * np.sin(angle)
+        mask = np.hypot(along / 100 / extent, across / 30) <= 1
+        frame = Frame.from_arrays(np.zeros((480, 640, 3), np.uint8), mask, K)
+        return frame, virtual_crop(frame, 96)
+
+    frame, crop = look(length)
+    reference = ReferencePose.from_crop(crop, frame)
+    _, query = look(seen)
+    by_circle = np.log(reference.angular_radius / query.angular_radius)
+    distance = np.log(projective_distance(reference, query))
+    assert abs(distance) <= 0.8 * abs(by_circle) + 0.02
+    changed = abs(np.log(crop.filled / query.filled))
+    assert outline_sigma(reference, query, 1.0) >= max(0.06, 0.4 * changed)
+    # The same outline, however it is turned, is as far as it was.
+    _, again = look(length)
+    assert projective_distance(reference, again) == pytest.approx(1.0, abs=0.01)
 
 
 @pytest.mark.parametrize(

@@ -288,7 +288,7 @@ def estimate_of(seed: int = 0) -> PoseEstimate:
         similarity=0.7,
         prior="free",
         truncated=False,
-        reference=ReferencePose(R_reference, t, 1.0, 0.2, np.zeros(3), True),
+        reference=ReferencePose(R_reference, t, 1.0, 0.2, 0.6, np.zeros(3), True),
     )
 
 

@@ -43,7 +43,9 @@ from nope_ros.evaluation.stages import (
 from nope_ros.prior import PRIORS, Prior
 from nope_ros.rotations import exp
 
-GOOD = Outcome(error=2.0, start=3.0, roll=1.0, translation=0.01, centre=0.01, scale=0.01, squared=0.5, seconds=0.01)
+GOOD = Outcome(
+    error=2.0, start=3.0, roll=1.0, translation=0.01, centre=0.01, scale=0.01, squared=0.5, placed=1.0, seconds=0.01
+)
 COMPARED = Compared(np.zeros(1), np.zeros(1), np.zeros(1), np.ones(1, dtype=bool))
 WRONG = replace(GOOD, error=170.0, start=171.0, roll=90.0)
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
 from nope_ros import PoseEstimator
+from nope_ros.distribution import Mode
 from nope_ros.harmonics import degree_slices, wigner_d
 from nope_ros.latent import RotatedLatentPredictor
 from nope_ros.match import TemplateBank
@@ -21,8 +22,10 @@ from nope_ros.models.rotated_latent import (
     flatten_d,
     turn_harmonics,
 )
+from nope_ros.pose import Measured
 from nope_ros.prior import PRIORS, free_rotations, upright_rotations
-from nope_ros.rotations import exp, geodesic_distance, look_at
+from nope_ros.refine import Refined, moved
+from nope_ros.rotations import exp, geodesic_distance, log, look_at
 from nope_ros.tracking import Tracker
 
 K = np.array([[300.0, 0, 159.5], [0, 300.0, 119.5], [0, 0, 1]])
@@ -112,6 +115,7 @@ class Scene:
             self.look, latent=latent.flatten(), gravity_virtual=None if self.prior == "free" else self.turn @ down
         )
         alone = self.estimator.match(query, self.registered, self.prior)
+        self.query, self.truth = query, truth
         self.time += seconds
         pose = self.tracker.update(query, self.registered, alone, self.time, R_camera_fixed.T if known else None)
         return pose, np.degrees(geodesic_distance(pose.delta_R, truth))
@@ -237,6 +241,64 @@ def test_noise_is_averaged_and_the_spread_says_so(estimator, registered):
         squared.append(np.radians(error) ** 2 / (pose.covariance[3:, 3:].trace()))
     assert np.median(errors) < 0.7 * np.median(alone)
     assert np.mean(squared) < 1.3
+
+
+def matched(pose, measured):
+    """A pose as a refiner hands it on that keeps its rotation and measures another."""
+    found = Refined("offsets", to_modes(pose), pose.covariance[3:, 3:], matched=measured)
+    return moved(pose, found, pose.reference)
+
+
+def to_modes(pose):
+    return tuple(Mode(R, mode.probability) for R, mode in zip(pose.mode_rotations, pose.modes, strict=True))
+
+
+def test_what_is_matched_adds_up_and_the_spread_says_so(estimator, registered):
+    """Templates that err by 6° whatever the view, and matches of 4° each."""
+    rng = np.random.default_rng(2)
+    errors, alone, squared, before = [], [], [], []
+    for _ in range(20):
+        scene = Scene(estimator, registered, "free")
+        wrong = float(rng.choice([-6.0, 6.0]))
+        for azimuth in np.arange(1.0, 2.2, 0.1):  # on both sides of the reference
+            pose, _ = scene.see(azimuth - 1.6, {wrong: 0.0})
+            noise = rng.normal(0, np.radians(4.0), 3)
+            one = matched(pose, Measured(exp(noise) @ scene.truth, np.eye(3) * np.radians(4.0) ** 2))
+            known = scene.tracker.refined(scene.query, registered, one)
+        off = log(scene.truth @ known.delta_R.T)
+        errors.append(np.degrees(np.linalg.norm(off)))
+        alone.append(np.degrees(np.linalg.norm(noise)))
+        before.append(np.degrees(geodesic_distance(pose.delta_R, scene.truth)))
+        squared.append(off @ np.linalg.solve(known.covariance[3:, 3:], off) / 3)
+        assert known.stage == "offsets" and geodesic_distance(known.delta_R, known.mode_rotations[0]) < 1e-6
+        np.testing.assert_allclose(known.centre, one.centre, atol=1e-9)
+    assert np.median(errors) < 0.8 * min(np.median(alone), np.median(before))
+    assert np.mean(squared) < 1.5
+
+
+def test_matches_are_added_only_where_they_are_of_one_thing(estimator, registered):
+    scene = Scene(estimator, registered, "free")
+
+    def step(azimuth, off=0.0, known=True):
+        pose, _ = scene.see(azimuth, {off: 0.0}, known=known)
+        measured = Measured(exp([0.0, np.radians(8.0), 0.0]) @ scene.truth, np.eye(3) * np.radians(2.0) ** 2)
+        one = matched(pose, measured)
+        return one, scene.tracker.refined(scene.query, registered, one)
+
+    one, same = step(0.0)
+    assert same is one, "of the first frame a refiner has said all"
+    one, other = step(0.1)
+    assert 0.01 < geodesic_distance(other.delta_R, one.delta_R) < np.radians(8.5)
+    one, same = step(0.2, known=False)
+    assert same is one, "how the camera moved is not known"
+    step(0.3)
+    unmatched, _ = scene.see(0.4, {0: 0.0})
+    assert scene.tracker.refined(scene.query, registered, unmatched) is unmatched
+    one, other = step(0.5)
+    assert other is not one, "a frame in which nothing was matched loses nothing"
+    scene.registered = replace(registered)
+    one, same = step(0.7)
+    assert same is one, "registered again, it is another object"
 
 
 def test_it_starts_anew_when_it_must(estimator, registered):

@@ -111,6 +111,8 @@ def _run(given: argparse.Namespace, console: Console) -> int:
             stamp = None if moment.stamp is None else moment.stamp / 1e9
             estimate = tracker.update(query, registered, estimate, stamp, R_fixed_camera)
         estimate = estimator.refine(query, registered, estimate)
+        if tracker is not None:
+            estimate = tracker.refined(query, registered, estimate)
         seconds.append(time.perf_counter() - begin)
         poses.append(as_json(moment, estimate))
         if reference is not None and moment.truth is not None:

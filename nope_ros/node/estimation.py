@@ -147,10 +147,13 @@ def estimate(
     for row, column in assign(similarity, settings.similarity_threshold):
         query, registered = queries[row], objects[column]
         pose = estimator.match(query, registered, priors[column])
-        if tracker is not None and settings.tracking_enabled:
+        following = tracker if settings.tracking_enabled else None
+        if following is not None:
             with stage("pose"):
-                pose = tracker.update(query, registered, pose, match.stamp / 1e9, turned)
+                pose = following.update(query, registered, pose, match.stamp / 1e9, turned)
         pose = refined(query, registered, pose, estimator, settings, complain)
+        if following is not None:
+            pose = following.refined(query, registered, pose)
         seen.append(Seen(instances[row], frames[row].mask, registered, pose))
     return Result(header, scene.image, scene.camera, tuple(seen))
 
