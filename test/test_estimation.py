@@ -27,6 +27,7 @@ from nope_ros.node.outputs import Outputs
 from nope_ros.node.pairing import Match
 from nope_ros.node.parameters import Settings
 from nope_ros.node.registration import reference_frame
+from nope_ros.pose import PoseEstimate
 from nope_ros.rotations import geodesic_distance
 from nope_ros.tracking import Tracker
 
@@ -131,15 +132,19 @@ def test_objects_are_followed_if_the_parameters_say_so(
         tree.insert("odom", "camera_optical", stamp, np.array([0.0, 0.0, 0.0, 1.0]), static=False)
     tracker = Tracker()
 
-    def stages(stamp: float, **more: Any) -> tuple[list[str], list[str]]:
+    def followed(stamp: float, **more: Any) -> tuple[list[PoseEstimate], list[str]]:
         frame = replace(match(image, mask), stamp=int(stamp * 1e9))
         said: list[str] = []
-        followed: dict[str, Any] = {"refinement": "none", "tracking_enabled": True, "tracking_fixed_frame": "odom"}
-        settings = replace(ANYTHING, **{**followed, **more})
+        usual: dict[str, Any] = {"refinement": "none", "tracking_enabled": True, "tracking_fixed_frame": "odom"}
+        settings = replace(ANYTHING, **{**usual, **more})
         result = estimate(
             frame, objects[:1], estimator, settings, gravity, lambda text: said.append(str(text)), tracker
         )
-        return [one.estimate.stage for one in result.seen], said
+        return [one.estimate for one in result.seen], said
+
+    def stages(stamp: float, **more: Any) -> tuple[list[str], list[str]]:
+        found, said = followed(stamp, **more)
+        return [one.stage for one in found], said
 
     assert stages(1.0) == (["template"], [])
     assert stages(1.1) == (["tracking"], [])
@@ -149,6 +154,12 @@ def test_objects_are_followed_if_the_parameters_say_so(
     assert stages(1.1, tracking_enabled=False) == (["template"], [])
     assert stages(1.2) == (["template"], []), "what was known went with it"
     assert stages(1.3, tracking_fixed_frame="") == (["tracking"], []), "nothing is asked, so nothing is missing"
+    tracker.reset()
+    for stamp in (1.4, 1.5):
+        (told,), _ = followed(stamp)
+        (refined,), _ = followed(stamp, refinement="correspondence")
+    assert refined.stage == "offsets"
+    assert geodesic_distance(refined.delta_R, told.delta_R) > 1e-4, "what matches of both frames say counts"
 
 
 def test_small_instances_are_left_out_aloud(estimator: PoseEstimator, objects: list[RegisteredObject]) -> None:
