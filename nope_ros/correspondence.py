@@ -83,7 +83,6 @@ class Trust(BaseModel):
     matches and what outlines err.
 
     Attributes:
-        asked: whether the network is asked at all.
         spread: standard deviation of its rotation's error about each axis, relative to the error that it expects; by
             what is known of gravity. Without it, two views alone hardly tell how far a part turned from how deep it
             lies.
@@ -100,7 +99,6 @@ class Trust(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    asked: bool = True
     spread: dict[Prior, Annotated[float, Field(gt=0)]] = Field(default_factory=lambda: dict.fromkeys(PRIORS, 1.0))
     hypotheses: int = Field(default=4, ge=1, le=16)
     first_steps: int = Field(default=3, ge=1, le=16)
@@ -134,7 +132,7 @@ class CorrespondenceWeights(BaseModel):
     with_mesh: Trust = Trust()
     with_depth: Trust = Trust(hypotheses=1, first_steps=1)
     with_image: Trust = Trust(first_steps=1, steps=1)
-    with_walk: Trust = Trust(asked=False, hypotheses=1, first_steps=1, steps=1)
+    with_walk: Trust = Trust(hypotheses=1)
     licence: str = "Apache-2.0"
     training: dict[str, Any] = Field(default_factory=dict)
 
@@ -257,10 +255,8 @@ class CorrespondenceRefiner:
         load_state(network, read_state(folder), (), folder / WEIGHTS_FILE)
         return cls(network, weights, device)
 
-    def refine(self, query: Query, registered: RegisteredObject, estimate: PoseEstimate) -> Refined | None:
-        """A finer pose, or another mode where it is seen better; None where the network is not asked."""
-        if not self.trust(registered).asked:
-            return None
+    def refine(self, query: Query, registered: RegisteredObject, estimate: PoseEstimate) -> Refined:
+        """A finer pose, or another mode where it is seen better."""
         return self.answer(query, registered, estimate, self.look(query, registered, estimate))
 
     def proposals(self, query: Query, registered: RegisteredObject, estimate: PoseEstimate) -> list[Refined]:

@@ -36,7 +36,7 @@ from nope_ros.evaluation.protocol import EvaluationObject, EvaluationSet, View
 from nope_ros.frame import Frame, InputError
 from nope_ros.pose import PoseEstimate
 from nope_ros.prior import PRIORS, Prior
-from nope_ros.refine import Query, Refined, moved
+from nope_ros.refine import Query, moved
 from nope_ros.rotations import twist
 from nope_ros.settle import Settling
 from nope_ros.training.mesh import load_mesh
@@ -230,23 +230,21 @@ def judge(
     looked = time.perf_counter() - begin
     reference = registered.reference_at(template.delta_R, seen.crop.R_virtual_camera)
 
-    def after(estimate: PoseEstimate, refined: Refined | None) -> PoseEstimate:
-        return estimate if refined is None else moved(estimate, refined, reference)
-
     rows = {TEMPLATE: (template, matched)}
     for row, pose in partial_answers(refiner, seen, registered, template, found).items():
         rows[row] = pose, looked
     for trust in trusts:
         believed = refiner.answer(seen, registered, template, found, trust)
         rows[spread_row(trust.spread[prior])] = moved(template, believed, reference), looked
-    asked = refiner.trust(registered).asked
-    answer = after(template, refiner.answer(seen, registered, template, found) if asked else None)
+    answer = moved(template, refiner.answer(seen, registered, template, found), reference)
     if settle and frame.depth is not None:
         # Where too little of it is known, all stays as it was without.
         settling = Settling.of(seen, registered)
         fitted = refiner.fitted(seen, registered, template, found)
-        in_depth = None if fitted is None else refiner.answer_in_depth(seen, registered, template, found, fitted)
-        rows["+ depth"] = (after(template, in_depth), time.perf_counter() - begin)
+        in_depth = template
+        if fitted is not None:
+            in_depth = moved(template, refiner.answer_in_depth(seen, registered, template, found, fitted), reference)
+        rows["+ depth"] = (in_depth, time.perf_counter() - begin)
         begin = time.perf_counter() - matched
         on_surface = template if settling is None else settling.best(template, [])
         rows["template + surface"] = (on_surface, time.perf_counter() - begin)
