@@ -228,6 +228,20 @@ def test_standing_still_makes_it_no_surer(estimator, registered):
     assert last.confidence > first.confidence + 0.05
 
 
+def test_a_first_look_at_the_front_outweighs_a_long_one_at_the_back(estimator, registered, monkeypatch):
+    def after():
+        scene = Scene(estimator, registered)
+        for azimuth in np.linspace(4.5, 2.0, 30):
+            scene.see(azimuth, {30.0: 0.0})
+        for azimuth in np.linspace(1.0, 0.4, 7):
+            _, error = scene.see(azimuth, {0.0: 0.0})
+        return error
+
+    weighed = after()
+    monkeypatch.setattr("nope_ros.tracking._NEWS_OF_FRONT", 1.0)
+    assert weighed < 0.8 * after()
+
+
 def test_noise_is_averaged_and_the_spread_says_so(estimator, registered):
     rng = np.random.default_rng(1)
     errors, alone, squared = [], [], []
