@@ -22,8 +22,9 @@ Stage = Literal["template", "tracking", "affine", "offsets", "depth", "synthesis
 # Standard deviations: how far an outline misleads about the object when it is seen from elsewhere, relative to its
 # radius: about its size, the same for each e-fold by which it fills more or less of its circle (a thing that looks
 # longer than it did is seen from its long side now), and about its centre. They grow with the rotation. With these the
-# 90 % ellipsoid holds 89 % of the centres of 60 held-out objects, long or round.
-_SIZE_SIGMA, _FORM_SIGMA, _CENTRE_SIGMA = 0.06, 0.45, 0.10
+# 90 % ellipsoid holds 89 % of the centres of 60 held-out objects, 86 to 92 % whatever the change of form. (To correct
+# the size by it lowers the largest errors by a tenth, but not the median, and is worse for boxes that turn a little.)
+_SIZE_SIGMA, _FORM_SIGMA, _CENTRE_SIGMA = 0.06, 0.50, 0.10
 _SATURATION = np.radians(30)
 # With depth the centre is this share of the object's radius behind the surface that is seen, and that errs by so much
 # (on renders of objects seen from two sides; the share of the mask's box that is rim).
@@ -259,11 +260,9 @@ def projective_distance(reference: ReferencePose, crop: Crop) -> float:
     """Distance of the circle's centre by how much smaller it looks than at registration (NOPE, Sec. 3.5).
 
     Angles instead of pixels, so both cameras' intrinsics are in it; a circle instead of a box's diagonal, because a box
-    changes with in-plane rotation. How large a thing looks is the geometric mean of its circle's radius and of the
-    radius of a disc of its area: seen end on, a long thing's circle is too small and well filled.
+    changes with in-plane rotation.
     """
-    form = (reference.filled / crop.filled) ** 0.25
-    return reference.distance * reference.angular_radius / crop.angular_radius * form
+    return reference.distance * reference.angular_radius / crop.angular_radius
 
 
 def outline_sigma(reference: ReferencePose, crop: Crop, turned: float) -> float:
