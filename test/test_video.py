@@ -101,6 +101,19 @@ def test_the_frame_of_a_walk_is_where_the_rays_meet_with_z_up_and_the_first_came
     assert 0.5 < registered.reference.distance * registered.reference.angular_radius < 1.1
 
 
+def test_matches_with_the_nearest_keyframe_make_rotations_finer(estimator, registered):
+    before, after = [], []
+    for angle in np.arange(0.2, 6.2, 0.6):
+        R, t = camera(np.array([np.cos(angle), np.sin(angle), 0.9]))
+        query = estimator.look(photograph((R, t)), R @ [0, 0, -1.0])
+        alone = estimator.match(query, registered, "upright")
+        found = estimator.refine(query, registered, alone)
+        assert found.stage == "offsets" and found.matched is not None
+        for one, errors in ((alone, before), (found, after)):
+            errors.append(geodesic_distance(one.R_camera_object, R @ registered.keyframes.R_fixed_object))
+    assert np.median(after) < 0.85 * np.median(before), (before, after)
+
+
 @pytest.mark.parametrize("prior", ["free", "upright", "standing"])
 def test_an_unseen_view_is_found_in_the_frame_of_the_walk(estimator, registered, prior):
     errors = []
