@@ -127,7 +127,9 @@ class Settling:
         before[3:, 3:] = np.linalg.inv(estimate.centre_covariance / radius**2 + least)
         after = np.linalg.inv(before + slid.information / _SURFACE_SIGMA**2).astype(np.float64)
         rotation = over_modes(estimate.distribution, modes[0], after[:3, :3])
-        refined = Refined("surface", modes, rotation, centre, radius**2 * after[3:, 3:])
+        likely = modes[0].probability  # or another side was slid onto this one's surface
+        at = likely * radius**2 * after[3:, 3:] + (1 - likely) * estimate.centre_covariance
+        refined = Refined("surface", modes, rotation, centre, at)
         return moved(estimate, refined, reference)
 
     def _reference(self, estimate: PoseEstimate) -> ReferencePose:
