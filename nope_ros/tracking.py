@@ -62,6 +62,9 @@ _PEAK_REACH = np.radians(12.0)
 # Of 1, 2, 3 and 8 this served best on walks around held-out objects, in fair weather and in harsh; without it a long
 # look at the back outweighs the first look at the front.
 _NEWS_OF_FRONT = 3.0
+# A frame that surely sees that side (``frontal``) and is surer than all until now begins anew. Without the first
+# condition a bad mask would too.
+_FRONT = 0.85
 # What matches of an object err is partly the same in every view of it: they say less together than each expects. On
 # walks around held-out objects these served best, by little: views so far apart err independently, radians, by so much
 # more than they expect. A sum farther than this from the answer is of another mode, or has gone astray, radians.
@@ -182,11 +185,14 @@ class Tracker:
                 matched = Measured(motion @ before.matched.R, covariance)
             if isinstance(told, Tensor):
                 assert isinstance(before.told, Tensor)  # of the same object
+                now, front = told, 0.0
                 if known:
                     R_virtual = query.crop.R_virtual_camera @ alone.rotations @ registered.R_virtual_camera.T
-                    independent /= news(R_virtual, alone.probabilities)
-                told = added(before.told, told, turn, seconds, known, independent)
+                    front = frontal(R_virtual, alone.probabilities)
+                told = added(before.told, now, turn, seconds, known, independent / news(front))
                 fused = registered.distribution_of(told, query, estimate.prior)
+                if front > _FRONT and alone.entropy < fused.entropy:  # and then it needs no memory
+                    told, fused = now, alone
             else:
                 assert isinstance(before.told, _Grid)
                 fused, told = _multiplied(before.told, told, alone, seconds, known, independent)
@@ -257,17 +263,19 @@ def _around(turn: Array) -> float:
     return float(np.arccos(np.clip(turn[2, 2], -1, 1)))
 
 
-def news(R_virtual: Array, probabilities: Array) -> float:
-    """How many times more a frame tells than a view of the object's other side.
-
-    By how much of the reference's side it sees: the squared cosine of the angle between their directions of view.
+def frontal(R_virtual: Array, probabilities: Array) -> float:
+    """How much of the reference's own side a frame sees: mean squared cosine of the angle between directions of view.
 
     Args:
         R_virtual: (N, 3, 3) from the reference's virtual camera to the frame's.
         probabilities: (N,) of these, of the frame alone.
     """
-    frontal = float(probabilities @ np.maximum(R_virtual[:, 2, 2], 0.0) ** 2)
-    return 1 + (_NEWS_OF_FRONT - 1) * frontal
+    return float(probabilities @ np.maximum(R_virtual[:, 2, 2], 0.0) ** 2)
+
+
+def news(front: float) -> float:
+    """How many times more a frame tells than a view of the object's other side; ``front`` as of ``frontal``."""
+    return 1 + (_NEWS_OF_FRONT - 1) * front
 
 
 def added(before: Tensor, now: Tensor, turn: Array, seconds: float, known: bool, independent: float) -> Tensor:

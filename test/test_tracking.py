@@ -242,6 +242,17 @@ def test_a_first_look_at_the_front_outweighs_a_long_one_at_the_back(estimator, r
     assert weighed < 0.8 * after()
 
 
+def test_a_sure_look_at_the_front_needs_no_memory(estimator, registered):
+    def after(azimuth):
+        scene = Scene(estimator, registered)
+        for before in np.linspace(azimuth + 2.5, azimuth, 30):
+            scene.see(before, {30.0: 0.0, 120.0: 0.0, 210.0: 0.0})
+        return scene.see(azimuth, {0.0: 0.0})[1]
+
+    assert after(0.05) < 2.0
+    assert after(2.5) > 10.0, "elsewhere one frame does not outweigh thirty"
+
+
 def test_noise_is_averaged_and_the_spread_says_so(estimator, registered):
     rng = np.random.default_rng(1)
     errors, alone, squared = [], [], []

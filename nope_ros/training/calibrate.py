@@ -44,7 +44,7 @@ from nope_ros.latent import (
 from nope_ros.match import Bank, HarmonicBank, predict_bank
 from nope_ros.prior import FREEDOM, PRIORS, Prior, elevation, hypotheses
 from nope_ros.rotations import log
-from nope_ros.tracking import added, news
+from nope_ros.tracking import added, frontal, news
 from nope_ros.training.augment import AugmentationConfig, training_view
 from nope_ros.training.pairs import DataConfig, RenderCache
 
@@ -297,7 +297,7 @@ def fit_independence(
                 continue
             turn = rotations[number] @ rotations[number - 1].T
             alone = RotationDistribution.from_log_likelihood(possible.rotations, bank.log_likelihood(now))
-            more = news(possible.rotations, alone.probabilities)
+            more = news(frontal(possible.rotations, alone.probabilities))
             told = [
                 added(before, now, turn, _STEP_SECONDS, True, float(np.radians(angle)) / more)
                 for before, angle in zip(told, candidates, strict=True)
