@@ -372,10 +372,12 @@ class CorrespondenceRefiner:
         else:
             spread = trust.spread[estimate.prior]
             believed = Measured(R, self._covariance(query, estimate, spread * sigma))
-            delta_R, covariance = weighed(query, registered, estimate.prior, seen, best, believed)
+            answer = weighed(query, registered, estimate.prior, seen, best.R, believed)
+            delta_R = answer.R
+            covariance = seen.spread * over_modes(seen, Mode(delta_R, best.probability), answer.covariance)
         centre = self._placed(query, registered, found, found.centre_virtual, trust)
-        answer = _refined("offsets", query, registered, estimate, found, delta_R, centre, covariance)
-        return replace(answer, matched=Measured(R, self._covariance(query, estimate, sigma)))
+        refined = _refined("offsets", query, registered, estimate, found, delta_R, centre, covariance)
+        return replace(refined, matched=Measured(R, self._covariance(query, estimate, sigma)))
 
     @staticmethod
     def _covariance(query: Query, estimate: PoseEstimate, sigma: float) -> Array:

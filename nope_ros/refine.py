@@ -126,26 +126,23 @@ def weighed(
     registered: RegisteredObject,
     prior: Prior,
     distribution: RotationDistribution,
-    best: Mode,
+    mode: Array,
     measured: Measured,
-) -> tuple[Array, Array]:
-    """What the templates and a measurement say together, each weighed by its precision.
+) -> Measured:
+    """What a mode of the templates and a measurement of it say together, each weighed by its precision.
 
     Args:
         query: the frame.
         registered: the object.
         prior: what it excludes stays excluded.
         distribution: over delta_R, of the templates.
-        best: the mode of it that the measurement is about.
-        measured: the same rotation.
-
-    Returns:
-        delta_R (3, 3), and the covariance (3, 3) of log(R R̂ᵀ), rad², camera axes.
+        mode: (3, 3) of it.
+        measured: the same rotation; how the answer errs if this is the right mode follows (``over_modes``).
     """
-    found = Measured(best.R, distribution.moment_within(best.R, CONFIDENCE_RADIUS)).together(measured)
+    found = Measured(mode, distribution.moment_within(mode, CONFIDENCE_RADIUS)).together(measured)
     # Between two rotations that gravity allows, but only nearly one of them.
-    delta_R = registered.allowed(query.crop.R_virtual_camera @ found.R @ registered.R_virtual_camera.T, query, prior)
-    return delta_R, distribution.spread * over_modes(distribution, Mode(delta_R, best.probability), found.covariance)
+    R_virtual = query.crop.R_virtual_camera @ found.R @ registered.R_virtual_camera.T
+    return replace(found, R=registered.allowed(R_virtual, query, prior))
 
 
 Step = Literal["correspondence", "synthesis"]

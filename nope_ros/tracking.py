@@ -11,7 +11,8 @@ no such form (keyframes, renders of a mesh, other predictors) belief is kept on 
 over to the next frame's with some blur.
 
 Two views from nearly the same side err in the same way, so a frame counts by how far the camera has moved around the
-object since the last one that counted, and standing still does not make the filter surer.
+object since the last one that counted, and standing still does not make the filter surer. Views of the reference's own
+side tell more than those of the other (``news``), and one that surely sees it may need no memory at all.
 
 What a refiner measures of a rotation is finer than harmonics can say. Where the camera's motion is known, these
 measurements are added up too, about the answer that belief has: ``Tracker.refined``.
@@ -185,17 +186,10 @@ class Tracker:
                 matched = Measured(motion @ before.matched.R, covariance)
             if isinstance(told, Tensor):
                 assert isinstance(before.told, Tensor)  # of the same object
-                now, front = told, 0.0
-                if known:
-                    R_virtual = query.crop.R_virtual_camera @ alone.rotations @ registered.R_virtual_camera.T
-                    front = frontal(R_virtual, alone.probabilities)
-                told = added(before.told, now, turn, seconds, known, independent / news(front))
-                fused = registered.distribution_of(told, query, estimate.prior)
-                if front > _FRONT and alone.entropy < fused.entropy:  # and then it needs no memory
-                    told, fused = now, alone
+                told, fused = _summed(before.told, told, turn, estimate, query, registered, seconds, known, independent)
             else:
                 assert isinstance(before.told, _Grid)
-                fused, told = _multiplied(before.told, told, alone, seconds, known, independent)
+                told, fused = _multiplied(before.told, told, alone, seconds, known, independent)
             modes = _faithful(fused.modes, motion @ before.answer)
             if isinstance(told, Tensor):
                 modes = (_sharp(modes[0], told, query, registered, estimate.prior), *modes[1:])
@@ -238,7 +232,7 @@ class Tracker:
             return estimate
         known = earlier.together(replace(now, covariance=now.covariance / max(belief.worth, _NEGLIGIBLE)))
         self._beliefs[registered.object_id] = replace(belief, matched=known)
-        delta_R, _ = weighed(query, registered, estimate.prior, estimate.distribution, best, known)
+        delta_R = weighed(query, registered, estimate.prior, estimate.distribution, best.R, known).R
         # Where belief itself is wrong, so are all measurements about it: they make it finer, not surer.
         covariance = rotation_covariance(estimate.distribution, delta_R)
         others = zip(estimate.mode_rotations[1:], estimate.modes[1:], strict=True)
@@ -297,6 +291,28 @@ def added(before: Tensor, now: Tensor, turn: Array, seconds: float, known: bool,
     return (1 - fading) * carried + worth * now
 
 
+def _summed(
+    before: Tensor,
+    now: Tensor,
+    turn: Array,
+    estimate: PoseEstimate,
+    query: Query,
+    registered: RegisteredObject,
+    seconds: float,
+    known: bool,
+    independent: float,
+) -> tuple[Tensor, RotationDistribution]:
+    """Harmonics of belief after a frame, and what they say; ``estimate`` is of it alone, the rest as of ``added``."""
+    alone, front = estimate.distribution, 0.0
+    if known:
+        R_virtual = query.crop.R_virtual_camera @ alone.rotations @ registered.R_virtual_camera.T
+        front = frontal(R_virtual, alone.probabilities)
+    told = added(before, now, turn, seconds, known, independent / news(front))
+    fused = registered.distribution_of(told, query, estimate.prior)
+    # And a frame that surely sees the reference's side, and is surer than all before it, needs no memory.
+    return (now, alone) if front > _FRONT and alone.entropy < fused.entropy else (told, fused)
+
+
 def _sharp(mode: Mode, told: Tensor, query: Query, registered: RegisteredObject, prior: Prior) -> Mode:
     """A mode at the very peak of a belief that may be sharper than the grid, if one is within the grid's reach."""
     left, right = query.crop.R_virtual_camera, registered.R_virtual_camera.T
@@ -308,8 +324,8 @@ def _sharp(mode: Mode, told: Tensor, query: Query, registered: RegisteredObject,
 
 def _multiplied(
     before: _Grid, now: _Grid, alone: RotationDistribution, seconds: float, known: bool, independent: float
-) -> tuple[RotationDistribution, _Grid]:
-    """The same on a grid: what is believed after a frame, and what to carry on."""
+) -> tuple[_Grid, RotationDistribution]:
+    """The same on a grid: what to carry on, and what it says."""
     carried, around = _carried(before, now, alone, seconds, known)
     anchor = now
     if carried is None:
@@ -326,7 +342,7 @@ def _multiplied(
     logits[~allowed] = -np.inf
     weights = np.exp(logits - logits.max())
     fused = replace(alone, probabilities=weights / weights.sum())
-    return fused, replace(anchor, probabilities=fused.probabilities)
+    return replace(anchor, probabilities=fused.probabilities), fused
 
 
 def _carried(
