@@ -426,7 +426,7 @@ class CorrespondenceRefiner:
     def look(self, query: Query, registered: RegisteredObject, estimate: PoseEstimate) -> Found:
         """What the network makes of an estimate's modes."""
         trust, crop = self.trust(registered), query.crop
-        modes = [Mode(R, mode.probability) for R, mode in zip(estimate.mode_rotations, estimate.modes, strict=True)]
+        modes = estimate.delta_modes
         # What earlier frames chose, one frame does not choose anew.
         most = 1 if estimate.stage == "tracking" else trust.hypotheses
         tried = [mode for mode in modes[:most] if mode.probability > _LEAST_SHARE * modes[0].probability]

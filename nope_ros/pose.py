@@ -121,6 +121,11 @@ class PoseEstimate:
         return np.array([mode.R_camera_object for mode in self.modes]) @ R_reference.T
 
     @property
+    def delta_modes(self) -> tuple[Mode, ...]:
+        """The modes as rotations delta_R."""
+        return tuple(Mode(R, mode.probability) for R, mode in zip(self.mode_rotations, self.modes, strict=True))
+
+    @property
     def ambiguity(self) -> Ambiguity:
         """The kind of answer the distribution is."""
         return self.distribution.ambiguity

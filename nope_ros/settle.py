@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from nope_ros.crop import FILL
 from nope_ros.depth import Model, Slid, normals_of, slide
-from nope_ros.distribution import Mode
 from nope_ros.pose import PoseEstimate, ReferencePose
 from nope_ros.prior import constrained
 from nope_ros.refine import Query, Refined, moved, over_modes
@@ -116,8 +115,8 @@ class Settling:
             left @ delta_R @ right.T, estimate.prior, self.registered.gravity_virtual, self.query.gravity_virtual
         )
         delta_R = left.T @ allowed @ right
-        others = [Mode(R, mode.probability) for R, mode in zip(estimate.mode_rotations, estimate.modes, strict=True)]
-        modes = (replace(others[0], R=delta_R), *others[1:])
+        found = estimate.delta_modes
+        modes = (replace(found[0], R=delta_R), *found[1:])
         centre = slid.t - slid.R @ reference.offset_object
         radius = reference.distance * reference.angular_radius
         # What the estimate knew is sharpened by what the surfaces say; where they leave a turn open, it stays as wide.

@@ -235,8 +235,7 @@ class Tracker:
         delta_R = weighed(query, registered, estimate.prior, estimate.distribution, best.R, known).R
         # Where belief itself is wrong, so are all measurements about it: they make it finer, not surer.
         covariance = rotation_covariance(estimate.distribution, delta_R)
-        others = zip(estimate.mode_rotations[1:], estimate.modes[1:], strict=True)
-        modes = (Mode(delta_R, best.probability), *(Mode(R, mode.probability) for R, mode in others))
+        modes = (replace(best, R=delta_R), *estimate.delta_modes[1:])
         return moved(estimate, Refined("offsets", modes, covariance), estimate.reference)
 
 
@@ -257,14 +256,14 @@ def _around(turn: Array) -> float:
     return float(np.arccos(np.clip(turn[2, 2], -1, 1)))
 
 
-def frontal(R_virtual: Array, probabilities: Array) -> float:
+def frontal(cosines: Array, probabilities: Array) -> float:
     """How much of the reference's own side a frame sees: mean squared cosine of the angle between directions of view.
 
     Args:
-        R_virtual: (N, 3, 3) from the reference's virtual camera to the frame's.
-        probabilities: (N,) of these, of the frame alone.
+        cosines: (N,) of that angle, for each rotation.
+        probabilities: (N,) of the rotations, of the frame alone.
     """
-    return float(probabilities @ np.maximum(R_virtual[:, 2, 2], 0.0) ** 2)
+    return float(probabilities @ np.maximum(cosines, 0.0) ** 2)
 
 
 def news(front: float) -> float:
@@ -305,8 +304,8 @@ def _summed(
     """Harmonics of belief after a frame, and what they say; ``estimate`` is of it alone, the rest as of ``added``."""
     alone, front = estimate.distribution, 0.0
     if known:
-        R_virtual = query.crop.R_virtual_camera @ alone.rotations @ registered.R_virtual_camera.T
-        front = frontal(R_virtual, alone.probabilities)
+        cosines = alone.rotations @ registered.R_virtual_camera[2] @ query.crop.R_virtual_camera[2]
+        front = frontal(cosines, alone.probabilities)
     told = added(before, now, turn, seconds, known, independent / news(front))
     fused = registered.distribution_of(told, query, estimate.prior)
     # And a frame that surely sees the reference's side, and is surer than all before it, needs no memory.

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
 from nope_ros import PoseEstimator
-from nope_ros.distribution import Mode
 from nope_ros.harmonics import degree_slices, wigner_d
 from nope_ros.latent import RotatedLatentPredictor
 from nope_ros.match import TemplateBank
@@ -270,12 +269,8 @@ def test_noise_is_averaged_and_the_spread_says_so(estimator, registered):
 
 def matched(pose, measured):
     """A pose as a refiner hands it on that keeps its rotation and measures another."""
-    found = Refined("offsets", to_modes(pose), pose.covariance[3:, 3:], matched=measured)
+    found = Refined("offsets", pose.delta_modes, pose.covariance[3:, 3:], matched=measured)
     return moved(pose, found, pose.reference)
-
-
-def to_modes(pose):
-    return tuple(Mode(R, mode.probability) for R, mode in zip(pose.mode_rotations, pose.modes, strict=True))
 
 
 def test_what_is_matched_adds_up_and_the_spread_says_so(estimator, registered):

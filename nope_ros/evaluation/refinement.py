@@ -558,11 +558,16 @@ def _nees(prior: Prior, outcomes: Sequence[Outcome]) -> float:
 
 
 def _covered(prior: Prior, outcomes: Sequence[Outcome]) -> float:
-    return 100 * float(np.mean([one.squared <= chi2.ppf(0.9, FREEDOM[prior]) for one in outcomes]))
+    return _held([one.squared for one in outcomes], FREEDOM[prior])
 
 
 def _placed(outcomes: Sequence[Outcome]) -> float:
-    return 100 * float(np.mean([one.placed <= chi2.ppf(0.9, 3) for one in outcomes]))
+    return _held([one.placed for one in outcomes], 3)
+
+
+def _held(squared: Sequence[float], freedom: int) -> float:
+    """Share of normalised errors squared, %, that the 90 % ellipsoid holds."""
+    return 100 * float(np.mean(np.array(squared) <= chi2.ppf(0.9, freedom)))
 
 
 def _time(outcomes: Sequence[Outcome]) -> str:

@@ -297,7 +297,7 @@ def fit_independence(
                 continue
             turn = rotations[number] @ rotations[number - 1].T
             alone = RotationDistribution.from_log_likelihood(possible.rotations, bank.log_likelihood(now))
-            more = news(frontal(possible.rotations, alone.probabilities))
+            more = news(frontal(possible.rotations[:, 2, 2], alone.probabilities))
             told = [
                 added(before, now, turn, _STEP_SECONDS, True, float(np.radians(angle)) / more)
                 for before, angle in zip(told, candidates, strict=True)
