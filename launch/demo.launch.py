@@ -38,7 +38,7 @@ def generate_launch_description() -> LaunchDescription:
         DeclareLaunchArgument(
             "data",
             default_value=str(SHARE / "demo" / "sequence"),
-            description="folder or bag (see nope_ros.demo.sequence)",
+            description="folder or bag (see nope_ros.recording)",
         ),
         DeclareLaunchArgument("rate", default_value="5", description="frames a second"),
         DeclareLaunchArgument("loop", default_value="true", description="begin again at the end"),

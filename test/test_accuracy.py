@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from nope_ros.demo.score import figures, score_frame, within
-from nope_ros.demo.sequence import open_recording
 from nope_ros.estimator import PoseEstimator
 from nope_ros.frame import Frame
+from nope_ros.recording import open_recording
 
 ROOT = Path(__file__).parents[1]
 PHOTOGRAPHS = ROOT.parent / "shared" / "data" / "real"

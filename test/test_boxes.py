@@ -18,11 +18,11 @@ from node_process import Robot, image_message, ros_context
 from sensor_msgs.msg import Image
 from vision_msgs.msg import Detection2D, Detection2DArray
 
-from nope_ros.demo.sequence import open_recording
 from nope_ros.frame import InputError
 from nope_ros.node import messages, topics
 from nope_ros.node.boxes import Box, boxes_of, cut_out, instance_ids
 from nope_ros.node.complaints import Complaints
+from nope_ros.recording import open_recording
 
 ROOT = Path(__file__).parent.parent
 

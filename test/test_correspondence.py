@@ -34,7 +34,7 @@ from nope_ros.rotations import exp, geodesic_distance, look_at, twist
 from nope_ros.training.procedural import procedural_object
 from nope_ros.training.render import render
 from nope_ros.training.render_cache import random_finish, random_lighting
-from nope_ros.training.trust import SPREADS, choose, fit_support, held_out
+from nope_ros.training.trust import SPREADS, choose, fit_support
 
 seeds = st.integers(0, 2**32 - 1)
 MESHES = Path(__file__).parents[2] / "shared/data/meshes/train"
@@ -86,16 +86,26 @@ def test_geometry_is_exact_under_autocast() -> None:
 @settings(max_examples=25, deadline=None)
 @given(seeds)
 def test_an_affine_rolls_shifts_and_scales_only(seed: int) -> None:
-    """The viewing direction stays what the template has."""
+    """The viewing direction stays the template's, whatever is seen; a roll, a shift and a scale are found exactly."""
     rng = np.random.default_rng(seed)
     points, rho = torch.tensor(rng.uniform(-0.8, 0.8, (1, 80, 3))), torch.tensor(rng.uniform(0.05, 0.4, 1))
-    true = random_pose(rng, 0.3)
     start = RelativePose.of_rotation(torch.eye(3)[None].double())
     free = directions(affine_only=True).double()
-    weights, damping = torch.ones(1, 80, 2).double(), torch.full((1, 6), 1e-6).double()
-    pose, _ = solve(points, project(points, true, rho), weights, start, rho, damping, free)
-    np.testing.assert_allclose(pose.R[0, 2].numpy(), [0, 0, 1], atol=1e-9)
-    assert abs(float(pose.log_scale)) > 0
+    weights, damping = torch.ones(1, 80, 2).double(), torch.full((1, 6), 1e-9).double()
+
+    def found(true: RelativePose) -> RelativePose:
+        pose = start
+        for _ in range(8):
+            pose, _ = solve(points, project(points, true, rho), weights, pose, rho, damping, free)
+        return pose
+
+    turned = random_pose(rng, 0.3)
+    np.testing.assert_allclose(found(turned).R[0, 2].numpy(), [0, 0, 1], atol=1e-9)
+    rolled = replace(turned, R=torch.tensor(exp(np.array([[0, 0, rng.uniform(-0.5, 0.5)]]))))
+    pose = found(rolled)
+    torch.testing.assert_close(pose.R, rolled.R, atol=1e-5, rtol=0)
+    torch.testing.assert_close(pose.shift, rolled.shift, atol=1e-5, rtol=0)
+    torch.testing.assert_close(pose.log_scale, rolled.log_scale, atol=1e-5, rtol=0)
 
 
 @settings(max_examples=50, deadline=None)
@@ -395,12 +405,3 @@ def test_support_counts_as_much_as_it_tells() -> None:
         rng.shuffle(pair.compared.support)
     assert fit_support(nothing)[0] < 0.1
     assert fit_support([]) == (0, 0)
-
-
-def test_what_is_held_out_is_not_trained_on() -> None:
-    """The same meshes by name as the cache holds out."""
-    if not MESHES.is_dir():
-        pytest.skip("../shared/data/meshes/train is not here")
-    names = held_out(MESHES)
-    assert 10 < len(names) < 80
-    assert names == held_out(MESHES)

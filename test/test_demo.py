@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from nope_ros.demo.score import figures, percentiles, score_frame, within
-from nope_ros.demo.sequence import FolderRecording, Moment, Topics, Truth, choose_topics, open_recording, packaged
 from nope_ros.frame import Camera, InputError
 from nope_ros.latent import DEFAULT_WEIGHTS
+from nope_ros.recording import FolderRecording, Moment, Topics, Truth, choose_topics, open_recording, packaged
 from nope_ros.rotations import exp, geodesic_distance, look_at, turn_to
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -237,7 +237,7 @@ def test_register_refuses_options_of_another_source(words, said, tmp_path, capsy
 
 
 def test_a_folder_without_its_poses_has_no_gravity_either(poses):
-    from nope_ros.demo.register import Source
+    from nope_ros.commands.register import Source
 
     assert all(view.pose is not None and view.gravity_camera is not None for view in Source(SEQUENCE).walk(32).views)
     without = Source(SEQUENCE, poses="none").walk(32)
@@ -514,7 +514,7 @@ def test_bag_is_read_back(ros, tmp_path):
 
 
 def test_rectified_images_of_a_bag_are_not_undistorted_again(ros, tmp_path):
-    from nope_ros.demo.register import Source
+    from nope_ros.commands.register import Source
 
     moments = [half_size(moment) for moment in open_recording(SEQUENCE, limit=3)]
     bent = [
@@ -556,7 +556,7 @@ def test_depth_of_a_bag_is_that_of_the_image(ros, tmp_path):
 
 @pytest.mark.parametrize("option", ["gravity_frame", "imu_topic"])
 def test_gravity_of_a_walk_in_a_bag(ros, tmp_path, option):
-    from nope_ros.demo.register import Source
+    from nope_ros.commands.register import Source
 
     moments = [half_size(next(iter(open_recording(SEQUENCE))))] * 4  # an IMU is believed at rest
     write_bag(tmp_path / "walk.mcap", moments, gravity=option == "gravity_frame", imu=option == "imu_topic")
@@ -578,7 +578,7 @@ def write_moving(path, moments, R_map_object):
     from scipy.spatial.transform import Rotation
     from tf2_msgs.msg import TFMessage
 
-    from nope_ros.demo.register import Trajectory
+    from nope_ros.commands.register import Trajectory
     from nope_ros.node.bagfile import Recorded, open_bag, write_mcap
 
     def transform(parent, child, R, t, when):

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from node_process import K, camera_info_message, image_message, scene, write_untrained_weights
 
-from nope_ros import doctor
-from nope_ros.doctor import Heard, as_shipped, judge
+from nope_ros.commands import doctor
+from nope_ros.commands.doctor import Heard, as_shipped, judge
 from nope_ros.latent import DEFAULT_WEIGHTS
 
 NOW = 1_700_000_000_000_000_000

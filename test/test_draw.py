@@ -28,6 +28,7 @@ def test_projection_follows_the_pinhole():
 
 def test_axes_end_where_the_pose_says():
     rng = np.random.default_rng(0)
+    looked_at = 0
     for _ in range(10):
         R = look_at(rng.normal(size=3))
         t = np.array([*rng.uniform(-0.1, 0.1, 2), 1.0])
@@ -38,6 +39,7 @@ def test_axes_end_where_the_pose_says():
         for tip, z, colour in zip(tips, depth, draw.AXES, strict=True):
             if np.linalg.norm(tip - origin[0]) < 40 or z > 1.02:
                 continue  # end-on, or behind others
+            looked_at += 1
             seen = np.argwhere(pixels_like(image, colour))[:, ::-1]
             # The letter is beyond the arrow's tip; the arrow itself reaches the tip and no other direction.
             assert np.linalg.norm(seen - tip, axis=1).min() < 3
@@ -46,6 +48,7 @@ def test_axes_end_where_the_pose_says():
             across = np.abs(beside @ np.array([-along[1], along[0]]))
             reach = beside @ along
             assert across[(reach > 0) & (reach < np.linalg.norm(tip - origin[0]))].max() < 20
+    assert looked_at >= 10, "of 30"
 
 
 def test_axis_towards_the_camera_covers_the_one_away():
@@ -143,6 +146,7 @@ def test_globe_is_brightest_where_the_mass_is(up):
     reference = np.array([0.8, 0.5, 0.4])
     globe = draw.Globe.around(reference, up)
     size = 180
+    looked_at = 0
     for direction in icosphere(1):
         behind = direction @ reference < 0
         pixel, here = draw.globe_pixel(direction, globe, size, behind=bool(behind))
@@ -150,10 +154,12 @@ def test_globe_is_brightest_where_the_mass_is(up):
         picture = draw.draw_globe(direction[None], np.ones(1), globe, size, behind=bool(behind)).astype(int).sum(axis=2)
         if np.linalg.norm(pixel - (size - 1) / 2) > 0.44 * size:
             continue  # at the rim, where a spot is a sliver
+        looked_at += 1
         rows, columns = np.nonzero(picture > 0.97 * picture.max())
         assert np.hypot(columns.mean() - pixel[0], rows.mean() - pixel[1]) < 5
         other = draw.draw_globe(direction[None], np.ones(1), globe, size, behind=not behind).astype(int).sum(axis=2)
         assert other.max() < picture.max()
+    assert looked_at > 20, "of 42"
 
 
 def test_globe_has_the_reference_in_the_middle_and_up_upwards():

@@ -32,7 +32,7 @@ from nope_ros.evaluation.baselines import (
 )
 from nope_ros.evaluation.bop import bop_set
 from nope_ros.evaluation.identity import IdentityReport
-from nope_ros.evaluation.meshes import mesh_set, procedural_set, random_camera
+from nope_ros.evaluation.meshes import FIRST_UNSEEN_SEED, mesh_set, procedural_set, random_camera
 from nope_ros.evaluation.metrics import Calibration, PairScore, Scores, calibration, reliability
 from nope_ros.evaluation.photos import photo_set
 from nope_ros.evaluation.pictures import _confidence_figure
@@ -198,6 +198,13 @@ def predictor():
 @pytest.fixture(scope="module")
 def estimator(predictor):
     return PoseEstimator(predictor)
+
+
+def judged(found, estimator, protocols=PRIORS, *, seed=0, occlusion=0.0, baselines=False):
+    """What ``nope-ros evaluate`` reports of a set."""
+    methods = evaluate.methods_for(estimator, baselines=baselines, seed=seed)
+    about = {"model": estimator.model_name, "refinement": estimator.refinement}
+    return evaluate.evaluate_set(found, methods, protocols, seed=seed, occlusion=occlusion, **about)
 
 
 class Oracle:
@@ -505,8 +512,8 @@ def test_what_the_file_says_of_the_query_changes_scores_but_no_estimate(tmp_path
             image["t"] = (1.5 * np.array(image["t"])).tolist()
             image["bbox_xywh"] = [1, 2, 3, 4]
     (tmp_path / "tripod/poses.json").write_text(json.dumps(content))
-    honest = evaluate.evaluate_photos(photos, estimator, (prior,), **options)
-    lied = evaluate.evaluate_photos(tmp_path, estimator, (prior,), **options)
+    honest = judged(photo_set(photos, **options), estimator, (prior,))
+    lied = judged(photo_set(tmp_path, **options), estimator, (prior,))
     assert [one.delta_R for one in honest.scores] == [one.delta_R for one in lied.scores]
     assert [one.confidence for one in honest.scores] == [one.confidence for one in lied.scores]
     assert all(a.error_deg != b.error_deg for a, b in zip(honest.scores, lied.scores, strict=True))
@@ -535,7 +542,7 @@ def test_without_gravity_the_free_protocol_is_blind_to_it(photos, estimator):
 
 def test_the_same_seed_gives_the_same_report(photos, estimator):
     reports = [
-        evaluate.evaluate_photos(photos, estimator, seed=seed, references=2, pairs=5, occlusion=0.2, baselines=True)
+        judged(photo_set(photos, seed, references=2, pairs=5), estimator, seed=seed, occlusion=0.2, baselines=True)
         for seed in (3, 3, 4)
     ]
     assert reports[0].to_json() == reports[1].to_json()
@@ -546,7 +553,7 @@ def test_the_same_seed_gives_the_same_report(photos, estimator):
 
 
 def test_the_report_has_the_figures_promised(photos, estimator, tmp_path):
-    report = evaluate.evaluate_photos(photos, estimator, references=2, baselines=True)
+    report = judged(photo_set(photos, references=2), estimator, baselines=True)
     values = json.loads(report.to_json())
     figures = {"acc15", "acc30", "median_deg", "mean_deg", "coverage50", "coverage90", "nll", "pairs"}
     figures |= {f"{name}_sym" for name in ("acc15", "acc30", "median_deg", "mean_deg")}
@@ -625,7 +632,7 @@ def test_bop_without_a_world_frame_is_free_only(tmp_path, estimator):
     path = folder / "test/000001/scene_camera.json"
     cameras = json.loads(path.read_text())
     path.write_text(json.dumps({key: {"cam_K": value["cam_K"]} for key, value in cameras.items()}))
-    report = evaluate.evaluate_bop(folder, "test", estimator, references=1, pairs=3)
+    report = judged(bop_set(folder, "test", references=1, pairs=3), estimator)
     assert set(report.protocols) == {"free"}
     assert report.protocols["free"][OURS].subsets["all"].pairs == 6
     with pytest.raises(InputError, match="its splits are test"):
@@ -692,7 +699,7 @@ def test_which_axis_of_a_bop_world_is_up(tmp_path, capsys):
 def test_meshes_are_rendered_for_each_protocol(tmp_path, estimator):
     write_mesh(tmp_path / "meshes/kind/tripod.ply", tripod())
     options = {"cache": tmp_path / "symmetry.json", "pairs": 6}
-    report = evaluate.evaluate_meshes(tmp_path / "meshes", estimator, **options)
+    report = judged(mesh_set(tmp_path / "meshes", **options), estimator)
     for prior in PRIORS:
         assert report.protocols[prior][OURS].objects["kind/tripod"]["all"].pairs == 6
     found = mesh_set(tmp_path / "meshes", views=8, cache=tmp_path / "symmetry.json", objects=["tripod"])
@@ -753,7 +760,7 @@ def test_procedural_objects_are_none_that_training_drew(tmp_path):
     found = procedural_set(0, protocols=("upright",), count=2, views=3, references=1, cache=tmp_path / "symmetry.json")
     objects = list(found.objects())
     assert len(objects) == found.count == 2
-    assert all(int(one.name.split("/")[1]) >= 1_000_000 for one in objects)
+    assert all(int(one.name.split("/")[1]) >= FIRST_UNSEEN_SEED for one in objects)
     assert all(len(one.pairs) == 2 for one in objects)
     other = procedural_set(1, protocols=("upright",), count=2)
     assert other.source != found.source
@@ -834,7 +841,7 @@ def test_weights_of_another_kind_are_refused(trained, tmp_path):
 
 
 def test_chance_and_no_motion(photos, estimator):
-    report = evaluate.evaluate_photos(photos, estimator, references=5, baselines=True, objects=["tripod"])
+    report = judged(photo_set(photos, references=5, objects=["tripod"]), estimator, baselines=True)
     for prior in PRIORS:
         still = [one for one in report.scores if one.method == NO_MOTION and one.protocol == prior]
         assert all(np.array(one.delta_R) == pytest.approx(np.eye(3)) for one in still)

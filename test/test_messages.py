@@ -283,7 +283,6 @@ def estimate_of(seed: int = 0) -> PoseEstimate:
         delta_R=distribution.mode.R,
         covariance=half @ half.T,
         distribution=distribution,
-        orientations=rotations @ R_reference,
         modes=modes,
         similarity=0.7,
         prior="free",
@@ -391,7 +390,7 @@ def test_bright_spot_of_a_sure_pose_faces_the_camera() -> None:
     t = np.array([0.3, 0.1, 0.8])
     R = rotations[1234]
     estimate = PoseEstimate(
-        **{**vars(estimate_of()), "distribution": distribution, "orientations": rotations, "R_camera_object": R}
+        **{**vars(estimate_of()), "distribution": distribution, "delta_R": R, "R_camera_object": R}
         | {"t_camera_object": t, "modes": (PoseMode(R, t, 1.0),)}
     )
     directions = icosphere(3)

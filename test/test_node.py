@@ -45,10 +45,10 @@ from sensor_msgs.msg import CompressedImage, Imu
 from tf2_msgs.msg import TFMessage
 
 from nope_ros.demo.player import LEVEL_FRAME, Player, registration_request
-from nope_ros.demo.sequence import open_recording
 from nope_ros.estimator import PoseEstimator
 from nope_ros.latent import DEFAULT_WEIGHTS
 from nope_ros.node import messages, topics
+from nope_ros.recording import open_recording
 from nope_ros.rotations import geodesic_distance, look_at
 from nope_ros.srv import RegisterFromStream, RegisterObject
 

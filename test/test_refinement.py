@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nope_ros.demo.sequence import open_recording, packaged
 from nope_ros.estimator import PoseEstimator
 from nope_ros.evaluation import refinement as module
 from nope_ros.evaluation.photos import photo_set
@@ -41,6 +40,7 @@ from nope_ros.evaluation.stages import (
     shared,
 )
 from nope_ros.prior import PRIORS, Prior
+from nope_ros.recording import open_recording, packaged
 from nope_ros.rotations import exp
 
 GOOD = Outcome(

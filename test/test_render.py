@@ -7,12 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from nope_ros.rotations import look_at
 from nope_ros.training import render_cache
 from nope_ros.training.mesh import load_mesh, make_mesh
 from nope_ros.training.pairs import DataConfig, RenderCache
 from nope_ros.training.procedural import procedural_object
 from nope_ros.training.render import Lighting, ShadowMaps, all_around, render
 from nope_ros.training.round import round_object
+from nope_ros.training.trust import held_out
 from nope_ros.training.variant import variant_of
 
 FLAT = Lighting.uniform()
@@ -202,7 +204,7 @@ def test_loaded_mesh_is_turned_z_up_with_its_texture_upright(tmp_path):
     mesh = load_mesh(path)
     assert np.ptp(mesh.vertices, axis=0) == pytest.approx([2, 0, 2], abs=1e-6)
     eye = np.array([0.0, -6, 1])  # +z of the file is −y now
-    R = render_cache.look_at(eye, np.array([0.0, 0, 1]))
+    R = look_at(eye - np.array([0.0, 0, 1]))
     rgb = render(mesh, R, -R @ eye, K, 128, 128, lighting=FLAT).rgb
     assert rgb[45, 63].argmax() == 0
     assert rgb[75, 63].argmax() == 2
@@ -232,7 +234,7 @@ def test_round_objects_look_nearly_the_same_all_round_and_are_repeatable():
         views = []
         for azimuth in (0.3, 1.9, 3.5):
             eye = 5 * np.array([np.cos(azimuth) * 0.9, np.sin(azimuth) * 0.9, 0.43])
-            R = render_cache.look_at(eye, np.zeros(3))
+            R = look_at(eye)
             views.append(render(mesh, R, -R @ eye, K, 128, 128, lighting=FLAT))
         both = [(a, b) for a, b in zip(views, views[1:] + views[:1], strict=True)]
         outline = np.mean([(a.mask ^ b.mask).sum() / (a.mask | b.mask).sum() for a, b in both])
@@ -363,6 +365,10 @@ def test_variants_follow_all_else_in_a_cache_and_are_held_out_with_their_mesh(tm
     mesh_of = {name: held for name, held in zip(cache.names, cache.held_out, strict=True) if "#" not in name}
     for name, held in zip(cache.names, cache.held_out, strict=True):
         assert held == mesh_of[name.split("#")[0]]
+    # And the refiner is trusted as far as meshes tell that the templates have not seen either.
+    assert {name for name, held in mesh_of.items() if held and "procedural" not in name} == set(
+        held_out(tmp_path / "train")
+    )
     first, second = (cache.images[cache.views[cache.names.index(f"some/box_3#{i}")]] for i in (1, 2))
     assert (first != second).any()
 

@@ -6,13 +6,13 @@ import json
 import pytest
 
 from nope_ros.cli import main
-from nope_ros.demo.sequence import packaged
 from nope_ros.estimator import PoseEstimator
 from nope_ros.evaluation import report as module
 from nope_ros.evaluation.evaluate import evaluate_set, methods_for
 from nope_ros.evaluation.protocol import EvaluationSet
 from nope_ros.evaluation.report import chapters, document
 from nope_ros.frame import InputError
+from nope_ros.recording import packaged
 
 SPEED = {
     "registration_seconds": 0.1,

@@ -13,7 +13,7 @@ from scipy.spatial.transform import Rotation
 
 from nope_ros import InputError, PoseEstimator
 from nope_ros.cli import main
-from nope_ros.demo.register import Trajectory, read_trajectory
+from nope_ros.commands.register import Trajectory, read_trajectory
 from nope_ros.evaluation.protocol import EvaluationObject, EvaluationSet, View
 from nope_ros.evaluation.walk import evaluate_walks
 from nope_ros.frame import Frame

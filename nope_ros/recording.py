@@ -98,7 +98,7 @@ class Moment:
 def packaged(name: str) -> Path | None:
     """A file or folder that comes with the package such as ``demo/sequence``, in the checkout or installed, or None."""
     shares = [Path(prefix, "share", "nope_ros") for prefix in os.environ.get("AMENT_PREFIX_PATH", "").split(os.pathsep)]
-    for root in (Path.cwd(), Path(__file__).resolve().parents[2], *shares):
+    for root in (Path.cwd(), Path(__file__).resolve().parents[1], *shares):
         if (root / "nope_ros").is_dir() or root in shares:
             path = root / name
             if path.exists():

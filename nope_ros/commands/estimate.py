@@ -20,12 +20,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from nope_ros.demo.score import FrameScore, figures, percentiles, score_frame, within
-from nope_ros.demo.sequence import Moment, open_recording
 from nope_ros.draw import Drawn, overlay
 from nope_ros.estimator import PoseEstimator
 from nope_ros.frame import Frame, InputError
 from nope_ros.pose import PoseEstimate
 from nope_ros.prior import PRIORS
+from nope_ros.recording import Moment, open_recording
 from nope_ros.refine import DEFAULT_REFINEMENT, REFINEMENTS
 from nope_ros.tracking import Tracker
 

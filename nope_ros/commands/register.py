@@ -25,13 +25,13 @@ from rich.markup import escape
 from rich.progress import Progress
 from scipy.spatial.transform import Rotation, Slerp
 
-from nope_ros.demo.sequence import POSES_FILE, BagRecording, Moment, open_recording
 from nope_ros.estimator import PoseEstimator, RegisteredObject
 from nope_ros.frame import Camera, Frame, InputError
 from nope_ros.node.bagfile import Topics, open_bag
 from nope_ros.node.distro import TransformError, TransformTree
 from nope_ros.node.gravity import Gravity, ImuGravity, ImuSample
 from nope_ros.node.interfaces import deserialized
+from nope_ros.recording import POSES_FILE, BagRecording, Moment, open_recording
 from nope_ros.store import ObjectStore, check_object_id
 from nope_ros.video import KEYFRAMES, Pose, Walk, check_count, summary
 

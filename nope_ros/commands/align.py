@@ -15,7 +15,7 @@ import numpy as np
 from rich.console import Console
 
 from nope_ros.align import GATE, Surface, align_surfaces, in_frame_of_a
-from nope_ros.demo.register import Source
+from nope_ros.commands.register import Source
 from nope_ros.draw import draw_pair, on_white
 from nope_ros.estimator import PoseEstimator, RegisteredObject
 from nope_ros.features import FeatureExtractor

@@ -79,13 +79,18 @@ def installed() -> Iterator[Finding]:
             "the messages of nope_ros are not built, or not sourced",
             "colcon build --packages-select nope_ros && source install/setup.bash",
         )
-    for name, use in (
-        ("cv_bridge", "OpenCV"),
-        ("tf2_ros", "a TF listener of our own"),
-        ("tf_transformations", "SciPy"),
-    ):
-        there = find_spec(name) is not None
-        yield Finding("ok", f"{name}: {'the distribution has it' if there else f'not installed, {use} does its work'}")
+    if missing:
+        return
+    from nope_ros.node.distro import providers  # which imports the messages
+
+    stands_in = {"cv_bridge": "OpenCV", "tf2_ros": "a TF listener of our own", "tf_transformations": "SciPy"}
+    for name, provider in providers().items():
+        if provider == "distribution":
+            yield Finding("ok", f"{name}: the distribution has it")
+        elif find_spec(name) is None:
+            yield Finding("ok", f"{name}: not installed, {stands_in[name]} does its work")
+        else:
+            yield Finding("ok", f"{name}: installed, but does not fit this Python; {stands_in[name]} does its work")
 
 
 def device() -> Iterator[Finding]:
