@@ -36,9 +36,9 @@ def _play(words: Words) -> int:
 
 
 def _estimate(words: Words) -> int:
-    from nope_ros.demo import offline
+    from nope_ros.commands import estimate
 
-    return offline.main(words)
+    return estimate.main(words)
 
 
 def _bag(words: Words) -> int:
@@ -54,7 +54,7 @@ def _load(words: Words) -> int:
 
 
 def _doctor(words: Words) -> int:
-    from nope_ros import doctor
+    from nope_ros.commands import doctor
 
     return doctor.main(words)
 
@@ -135,13 +135,13 @@ def _train(words: Words) -> int:
 
 
 def _register(words: Words) -> int:
-    from nope_ros.demo import register
+    from nope_ros.commands import register
 
     return register.main(words)
 
 
 def _align(words: Words) -> int:
-    from nope_ros.demo import align
+    from nope_ros.commands import align
 
     return align.main(words)
 

@@ -17,7 +17,7 @@ import json
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from functools import cached_property
@@ -319,18 +319,11 @@ class NetworkPredictor(ABC):
             licence=self.licence,
             training=self.training,
         )
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         state = {
-            key: (tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor).contiguous().cpu()
+            key: tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
             for key, tensor in self._stored_state().items()
         }
-        unfinished = folder / f".{WEIGHTS_FILE}.{os.getpid()}"
-        save_file(state, unfinished, metadata={"format": "pt"})
-        os.replace(unfinished, folder / WEIGHTS_FILE)
-        unfinished = folder / f".{CONFIG_FILE}.{os.getpid()}"
-        unfinished.write_text(json.dumps(config.model_dump(), indent=2) + "\n", encoding="utf-8")
-        os.replace(unfinished, folder / CONFIG_FILE)
+        write_weights(Path(folder), config.model_dump(), state)
 
     @classmethod
     def from_pretrained(
@@ -651,6 +644,25 @@ def read_state(folder: Path) -> dict[str, Tensor]:
             f"weights: {path} ({path.stat().st_size} bytes) is damaged or cut short ({error}); copy or "
             "download it again"
         ) from error
+
+
+def write_weights(folder: Path, config: Mapping[str, object], state: Mapping[str, Tensor] | None = None) -> None:
+    """Write a folder's ``config.json``, and before it ``model.safetensors``; a reader never sees half of a file.
+
+    Args:
+        folder: made if it is not there.
+        config: what ``config.json`` is to hold.
+        state: the weights; None leaves those that are there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if state is not None:
+        unfinished = folder / f".{WEIGHTS_FILE}.{os.getpid()}"
+        tensors = {key: tensor.contiguous().cpu() for key, tensor in state.items()}
+        save_file(tensors, unfinished, metadata={"format": "pt"})
+        os.replace(unfinished, folder / WEIGHTS_FILE)
+    unfinished = folder / f".{CONFIG_FILE}.{os.getpid()}"
+    unfinished.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    os.replace(unfinished, folder / CONFIG_FILE)
 
 
 def load_state(network: nn.Module, state: dict[str, Tensor], elsewhere: tuple[str, ...], path: Path) -> None:

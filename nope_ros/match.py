@@ -178,11 +178,6 @@ class TemplateBank:
         norms = (self.squared_norms * latent.float().square().sum()).sqrt().clamp(min=1e-12)
         return float((products / norms).max())
 
-    @property
-    def megabytes(self) -> float:
-        """Memory of the templates, MB."""
-        return self.templates.numel() * self.templates.element_size() / 1e6
-
 
 @dataclass(frozen=True)
 class Turns:
@@ -242,9 +237,10 @@ class Turns:
 class HarmonicBank:
     """The same for a latent that turns: no template is stored.
 
-    ⟨e_q, D(R) e_r⟩ is the scalar product of D(R) with the products of the two latents, degree by degree. What depends
-    on rotations alone is computed once for all objects and kept, what depends on the object is its latent, and matching
-    is still a matrix product, with a row of 969 numbers for each rotation in place of a template of thousands.
+    ⟨e_q, S D(R) e_r⟩ (``nope_ros.models.rotated_latent``) is the scalar product of D(R) with the products of the two
+    latents, degree by degree. What depends on rotations alone is computed once for all objects and kept, what depends
+    on the object is its latent, and matching is still a matrix product, with a row of 969 numbers for each rotation in
+    place of a template of thousands.
 
     Attributes:
         rotations: (N, 3, 3), from the reference's virtual camera to the query's.

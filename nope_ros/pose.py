@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -69,7 +70,6 @@ class PoseEstimate:
         delta_R: (3, 3) rotation relative to the reference, R_query R_referenceᵀ in camera axes.
         covariance: (6, 6): x, y, z, then the rotation vector of R R̂ᵀ, about the camera's fixed axes.
         distribution: over delta_R.
-        orientations: (N, 3, 3) R_camera_object for each rotation of the distribution.
         modes: the pose's first, then the most probable; refined as the pose is.
         similarity: whether it is this object at all, at most 1: see ``nope_ros.match.Bank``.
         prior: what was assumed of gravity.
@@ -87,7 +87,6 @@ class PoseEstimate:
     delta_R: Array
     covariance: Array
     distribution: RotationDistribution
-    orientations: Array
     modes: tuple[PoseMode, ...]
     similarity: float
     prior: Prior
@@ -109,7 +108,18 @@ class PoseEstimate:
         known: Array = self.covariance[:3, :3] - lever @ self.covariance[3:, 3:] @ lever.T
         return known
 
+    @cached_property
+    def orientations(self) -> Array:
+        """R_camera_object (N, 3, 3) for each rotation of the distribution."""
+        return self.distribution.rotations @ self._R_reference
+
     @property
+    def _R_reference(self) -> Array:
+        """R_camera_object (3, 3) of the reference that rotations are relative to."""
+        R: Array = self.delta_R.T @ self.R_camera_object
+        return R
+
+    @cached_property
     def confidence(self) -> float:
         """Probability that the rotation is within 30° of the pose's."""
         return self.distribution.mass_within(self.delta_R, CONFIDENCE_RADIUS)
@@ -117,8 +127,7 @@ class PoseEstimate:
     @property
     def mode_rotations(self) -> Array:
         """delta_R (M, 3, 3) of the modes."""
-        R_reference = self.delta_R.T @ self.R_camera_object
-        return np.array([mode.R_camera_object for mode in self.modes]) @ R_reference.T
+        return np.array([mode.R_camera_object for mode in self.modes]) @ self._R_reference.T
 
     @property
     def delta_modes(self) -> tuple[Mode, ...]:
@@ -341,7 +350,6 @@ def pose_estimate(
         delta_R=delta_R,
         covariance=placed.covariance,
         distribution=distribution,
-        orientations=distribution.rotations @ reference.R_camera_object,
         modes=placed.modes,
         similarity=similarity,
         prior=prior,

@@ -4,7 +4,7 @@ The idea of Neural Object Fitting (Chen et al., ECCV 2020): keep the trained gen
 synthesise, compare, follow the gradient to the pose, keep the best. What is synthesised here is the latent that the
 predictor expects after a rotation, and what is compared is the likelihood of NOPE (Nguyen et al., CVPR 2024, Eq. 4).
 
-A latent that turns need not be synthesised at all. Its likelihood ⟨e_q, D(ΔR) e_r⟩ depends on the two latents through
+A latent that turns need not be synthesised at all. Its likelihood ⟨e_q, S D(ΔR) e_r⟩ depends on the two latents through
 969 numbers (``correlation``), and D(exp(ω) ΔR) = exp(Σ ω_i J_i) D(ΔR) gives gradient and curvature in closed form. Any
 other predictor is differentiated through ``predict``.
 """

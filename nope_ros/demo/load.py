@@ -43,11 +43,11 @@ from sensor_msgs.msg import CompressedImage
 
 from nope_ros.demo.player import camera_info_message, header, mask_message
 from nope_ros.demo.run import bundled_sequence
-from nope_ros.demo.sequence import Moment, open_recording
 from nope_ros.demo.session import NODE, NodeProcess, SessionError, isolated_ros
 from nope_ros.frame import Camera, InputError
 from nope_ros.msg import ObjectPoseArray
 from nope_ros.node import messages, topics
+from nope_ros.recording import Moment, open_recording
 from nope_ros.refine import DEFAULT_REFINEMENT, REFINEMENTS, Refinement
 from nope_ros.srv import ListObjects, RegisterObject
 

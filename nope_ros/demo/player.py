@@ -33,10 +33,10 @@ from std_msgs.msg import Header
 from tf2_msgs.msg import TFMessage
 
 from nope_ros.crop import outline, virtual_camera
-from nope_ros.demo.sequence import Moment, PassedOn, open_recording, packaged
 from nope_ros.frame import Camera, InputError
 from nope_ros.node import messages
 from nope_ros.node.bagfile import Topics
+from nope_ros.recording import Moment, PassedOn, open_recording, packaged
 from nope_ros.rotations import exp, look_at
 from nope_ros.srv import RegisterObject
 

@@ -1,7 +1,7 @@
 """The whole on one recorded sequence: the real node as its own process, fed over ROS topics, drawn and scored.
 
     nope-ros demo                                   the sequence that comes with the package
-    nope-ros demo --data <folder or bag>            any other (see nope_ros.demo.sequence)
+    nope-ros demo --data <folder or bag>            any other (see nope_ros.recording)
 
 Writes a video (overlay.mp4, overlay.gif), overview.png, contact_sheet.png, distribution.png, poses.mcap, frames.csv and
 summary.json. The true poses of a sequence are for scoring; the node is given the distance of the first frame, so that
@@ -32,10 +32,10 @@ from rich.table import Table
 
 from nope_ros import draw
 from nope_ros.demo.score import FrameScore, figures, percentiles, score_frame, within
-from nope_ros.demo.sequence import Moment, Recording, open_recording, packaged
 from nope_ros.distribution import Ambiguity
 from nope_ros.frame import Frame, InputError
 from nope_ros.prior import PRIORS
+from nope_ros.recording import Moment, Recording, open_recording, packaged
 from nope_ros.refine import DEFAULT_REFINEMENT, REFINEMENTS
 
 if TYPE_CHECKING:

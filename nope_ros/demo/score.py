@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nope_ros.demo.sequence import Truth
+from nope_ros.recording import Truth
 from nope_ros.rotations import geodesic_distance, relative_rotation
 
 Array = NDArray[np.float64]

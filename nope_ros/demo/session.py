@@ -33,11 +33,11 @@ from nope_ros.demo.player import (
     make_room_for_images,
     registration_request,
 )
-from nope_ros.demo.sequence import Moment, Recording, Truth
 from nope_ros.msg import ObjectPose, ObjectPoseArray, PoseDistribution
 from nope_ros.node import messages, topics
 from nope_ros.node.bagfile import Recorded
 from nope_ros.prior import Prior
+from nope_ros.recording import Moment, Recording, Truth
 from nope_ros.refine import DEFAULT_REFINEMENT, Refinement
 from nope_ros.srv import RegisterObject
 

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from nope_ros import draw
 from nope_ros.demo.run import bundled_sequence
-from nope_ros.demo.sequence import Moment, open_recording
 from nope_ros.estimator import PoseEstimator
+from nope_ros.recording import Moment, open_recording
 from nope_ros.rotations import geodesic_distance
 
 Picture = NDArray[np.uint8]

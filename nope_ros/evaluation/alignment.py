@@ -24,11 +24,12 @@ from rich.table import Table
 from nope_ros.align import GATE, Alignment, Surface, align_surfaces
 from nope_ros.draw import draw_pair, on_white
 from nope_ros.estimator import PoseEstimator
-from nope_ros.evaluation.meshes import MESH_SUFFIXES, mesh_set
+from nope_ros.evaluation.meshes import mesh_set
 from nope_ros.evaluation.protocol import EvaluationObject, generator
 from nope_ros.evaluation.symmetry import Symmetry
 from nope_ros.features import FeatureExtractor
 from nope_ros.frame import InputError
+from nope_ros.mesh import mesh_files
 from nope_ros.rotations import exp
 from nope_ros.video import Walk
 
@@ -319,11 +320,7 @@ def kinds_of(folder: Path, kinds: Sequence[str] | None = None) -> dict[str, list
     unknown = [kind for kind in kinds or () if kind not in _KINDS]
     if unknown:
         raise InputError(f"kinds: {', '.join(unknown)} is none of {', '.join(_KINDS)}")
-    stored = sorted(
-        path.relative_to(folder).with_suffix("").as_posix()
-        for path in folder.rglob("*")
-        if path.suffix.lower() in MESH_SUFFIXES
-    )
+    stored = list(mesh_files(folder))
     members = {
         kind: [name for name in stored if re.fullmatch(pattern, name)]
         for kind, pattern in _KINDS.items()

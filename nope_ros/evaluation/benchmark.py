@@ -33,12 +33,12 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from nope_ros.crop import virtual_crop
-from nope_ros.demo.sequence import Moment, open_recording, packaged
 from nope_ros.estimator import PoseEstimator, RegisteredObject
 from nope_ros.frame import Frame, InputError
 from nope_ros.latent import PaperUNetPredictor, RotatedLatentPredictor
 from nope_ros.match import HarmonicBank, free_turns, predict_bank
 from nope_ros.prior import free_rotations, hypotheses
+from nope_ros.recording import Moment, open_recording, packaged
 
 Array = NDArray[np.float64]
 

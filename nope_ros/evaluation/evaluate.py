@@ -37,7 +37,7 @@ from nope_ros.evaluation.baselines import (
     SiftEssential,
     TemplatesAlone,
 )
-from nope_ros.evaluation.bop import WORLD_UP, WorldUp, bop_set
+from nope_ros.evaluation.bop import WORLD_UP, bop_set
 from nope_ros.evaluation.identity import IdentityReport
 from nope_ros.evaluation.metrics import PairScore, Scores, calibration
 from nope_ros.evaluation.protocol import (
@@ -54,6 +54,7 @@ from nope_ros.evaluation.walk import WalkReport, evaluate_walks
 from nope_ros.frame import Frame, InputError
 from nope_ros.prior import PRIORS, Prior
 from nope_ros.refine import DEFAULT_REFINEMENT, REFINEMENTS, Refinement
+from nope_ros.rotations import geodesic_distance
 from nope_ros.video import KEYFRAMES
 
 Array = NDArray[np.float64]
@@ -349,7 +350,7 @@ def score_pair(
     if answer.t_camera_object is not None:
         t = second.t_camera_object
         moved = float(np.linalg.norm(answer.t_camera_object - t) / np.linalg.norm(t))
-    error = _angle(R_estimated, second.R_camera_object)
+    error = float(np.degrees(geodesic_distance(R_estimated, second.R_camera_object)))
     return PairScore(
         method=method,
         protocol=protocol,
@@ -364,11 +365,6 @@ def score_pair(
         confidence=answer.confidence,
         calibration=None if answer.distribution is None else calibration(answer.distribution, delta_R_true),
     )
-
-
-def _angle(R_a: Array, R_b: Array) -> float:
-    chord = np.linalg.norm(R_a - R_b)
-    return float(np.degrees(2 * np.arcsin(np.clip(chord / np.sqrt(8), 0, 1))))
 
 
 def methods_for(
@@ -404,136 +400,6 @@ def trained_baselines(regression: Path | None, paper_form: Path | None, device: 
     if paper_form is not None:
         methods.append(PaperForm(paper_form, device))
     return methods
-
-
-def evaluate_photos(
-    folder: str | Path,
-    estimator: PoseEstimator,
-    protocols: Sequence[Prior] = PRIORS,
-    *,
-    seed: int = 0,
-    objects: Sequence[str] | None = None,
-    references: int = REFERENCES,
-    pairs: int | None = None,
-    occlusion: float = 0.0,
-    baselines: bool = False,
-    progress: bool = False,
-) -> Report:
-    """Evaluate on photographs; see ``nope_ros.evaluation.photos`` for their layout.
-
-    Args:
-        folder: of objects' folders.
-        estimator: what to evaluate.
-        protocols: those to run.
-        seed: draws the references, and what is hidden.
-        objects: names of those to use.
-        references: of each object, at most; each is compared with all its other images.
-        pairs: most pairs of an object.
-        occlusion: share of each query's box that is hidden.
-        baselines: add chance, no motion and SIFT.
-        progress: show a bar with time left.
-
-    Raises:
-        InputError: naming what does not fit.
-    """
-    from nope_ros.evaluation.photos import photo_set
-
-    found = photo_set(Path(folder), seed, objects=objects, references=references, pairs=pairs)
-    return _evaluated(found, estimator, protocols, seed, occlusion, baselines, progress)
-
-
-def evaluate_meshes(
-    folder: str | Path,
-    estimator: PoseEstimator,
-    protocols: Sequence[Prior] = PRIORS,
-    *,
-    seed: int = 0,
-    objects: Sequence[str] | None = None,
-    pairs: int | None = None,
-    occlusion: float = 0.0,
-    baselines: bool = False,
-    cache: Path | None = None,
-    up: str | None = None,
-    progress: bool = False,
-) -> Report:
-    """Evaluate on renders of meshes; as ``evaluate_photos``, and ``cache`` and ``up`` are as of ``mesh_set``."""
-    from nope_ros.evaluation.meshes import mesh_set
-
-    found = mesh_set(Path(folder), seed, protocols=protocols, objects=objects, pairs=pairs, cache=cache, up=up)
-    return _evaluated(found, estimator, protocols, seed, occlusion, baselines, progress)
-
-
-def evaluate_procedural(
-    estimator: PoseEstimator,
-    protocols: Sequence[Prior] = PRIORS,
-    *,
-    seed: int = 0,
-    count: int = 60,
-    pairs: int | None = None,
-    occlusion: float = 0.0,
-    baselines: bool = False,
-    cache: Path | None = None,
-    progress: bool = False,
-) -> Report:
-    """Evaluate on renders of ``count`` unseen procedural objects; other arguments as of ``evaluate_meshes``."""
-    from nope_ros.evaluation.meshes import procedural_set
-
-    found = procedural_set(seed, protocols=protocols, count=count, pairs=pairs, cache=cache)
-    return _evaluated(found, estimator, protocols, seed, occlusion, baselines, progress)
-
-
-def evaluate_bop(
-    folder: str | Path,
-    split: str,
-    estimator: PoseEstimator,
-    protocols: Sequence[Prior] = PRIORS,
-    *,
-    seed: int = 0,
-    objects: Sequence[str] | None = None,
-    references: int = REFERENCES,
-    pairs: int | None = None,
-    occlusion: float = 0.0,
-    baselines: bool = False,
-    world_up: WorldUp = "z",
-    cache: Path | None = None,
-    progress: bool = False,
-) -> Report:
-    """Evaluate on a split of a dataset in BOP layout.
-
-    ``world_up`` and ``cache`` are as of ``bop_set``, other arguments as of ``evaluate_photos``.
-    """
-    found = bop_set(
-        Path(folder),
-        split,
-        seed,
-        objects=objects,
-        references=references,
-        pairs=pairs,
-        world_up=world_up,
-        cache=cache,
-    )
-    return _evaluated(found, estimator, protocols, seed, occlusion, baselines, progress)
-
-
-def _evaluated(
-    found: EvaluationSet,
-    estimator: PoseEstimator,
-    protocols: Sequence[Prior],
-    seed: int,
-    occlusion: float,
-    baselines: bool,
-    progress: bool,
-) -> Report:
-    return evaluate_set(
-        found,
-        methods_for(estimator, baselines=baselines, seed=seed),
-        protocols,
-        seed=seed,
-        occlusion=occlusion,
-        model=estimator.model_name,
-        refinement=estimator.refinement,
-        progress=progress,
-    )
 
 
 _BOP = """A dataset in BOP layout. The protocols upright and standing need gravity: it is against the world's z where

@@ -19,6 +19,7 @@ from nope_ros.evaluation.depth_camera import measured_depth
 from nope_ros.evaluation.protocol import EvaluationObject, EvaluationSet, View, draw_pairs, generator
 from nope_ros.evaluation.symmetry import SymmetryCache
 from nope_ros.frame import Frame, InputError
+from nope_ros.mesh import MESH_SUFFIXES, mesh_files
 from nope_ros.prior import PRIORS, Prior
 from nope_ros.rotations import exp, look_at, turn_to
 from nope_ros.training.mesh import Mesh, load_mesh
@@ -31,7 +32,6 @@ Array = NDArray[np.float64]
 FIRST_UNSEEN_SEED = 1_000_000_000
 """Of procedural objects; training counts from zero (``render_cache``: its seed times a million)."""
 
-MESH_SUFFIXES = (".glb", ".gltf", ".obj", ".ply", ".stl")
 
 _WIDTH, _HEIGHT = 640, 480
 _FOCAL = (500.0, 900.0)  # pixels: 65° to 39° across
@@ -76,11 +76,7 @@ def mesh_set(
     Raises:
         InputError: if there are no meshes, or one named is missing.
     """
-    paths = {
-        path.relative_to(folder).with_suffix("").as_posix(): path
-        for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in MESH_SUFFIXES
-    }
+    paths = mesh_files(folder)
     if not paths:
         raise InputError(f"meshes: {folder} holds no {', '.join(MESH_SUFFIXES)} file; give a folder of meshes")
     if objects is not None:

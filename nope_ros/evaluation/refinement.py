@@ -26,7 +26,6 @@ from scipy.stats import chi2
 
 from nope_ros.correspondence import CorrespondenceRefiner
 from nope_ros.crop import Crop
-from nope_ros.demo.sequence import Moment, open_recording
 from nope_ros.distribution import CONFIDENCE_RADIUS
 from nope_ros.estimator import PoseEstimator, RegisteredObject
 from nope_ros.evaluation.meshes import mesh_set, procedural_set
@@ -37,6 +36,7 @@ from nope_ros.evaluation.symmetry import NO_SYMMETRY, Symmetry
 from nope_ros.frame import Frame, InputError
 from nope_ros.pose import PoseEstimate
 from nope_ros.prior import FREEDOM, PRIORS, Prior
+from nope_ros.recording import Moment, open_recording
 from nope_ros.refine import DEFAULT_REFINEMENT, REFINEMENTS, Query, Refinement
 from nope_ros.rotations import exp, geodesic_distance, log, twist
 from nope_ros.synthesis import Freedom, climb, likelihoods

@@ -30,10 +30,11 @@ from nope_ros.correspondence import CorrespondenceRefiner, Found, Trust
 from nope_ros.crop import Crop
 from nope_ros.distribution import CONFIDENCE_RADIUS
 from nope_ros.estimator import PoseEstimator, RegisteredObject
-from nope_ros.evaluation.meshes import MESH_SUFFIXES, RADIUS_WITH_DEPTH, mesh_set, procedural_set
+from nope_ros.evaluation.meshes import RADIUS_WITH_DEPTH, mesh_set, procedural_set
 from nope_ros.evaluation.photos import photo_set
 from nope_ros.evaluation.protocol import EvaluationObject, EvaluationSet, View
 from nope_ros.frame import Frame, InputError
+from nope_ros.mesh import mesh_files
 from nope_ros.pose import PoseEstimate
 from nope_ros.prior import PRIORS, Prior
 from nope_ros.refine import Query, moved
@@ -367,10 +368,10 @@ def walked(
 
 
 def _file(folder: Path, name: str) -> Path:
-    for suffix in MESH_SUFFIXES:
-        if (folder / f"{name}{suffix}").is_file():
-            return folder / f"{name}{suffix}"
-    raise InputError(f"meshes: {folder} has no {name}")
+    files = mesh_files(folder)
+    if name not in files:
+        raise InputError(f"meshes: {folder} has no {name}")
+    return files[name]
 
 
 def table(pairs: Sequence[Pair], title: str) -> Table:

@@ -1,10 +1,11 @@
 """A predictor whose latent is a function in 3D that ΔR turns explicitly, trained on the pose likelihood.
 
 A U-Net lifts one crop to features in a ball around the object, kept as spherical harmonics; predicting a new view is
-turning them, which is exact, needs no training and is cheap: F(e_r, ΔR) = D(ΔR) e_r. With one context token, the
-cross-attention of NOPE's U-Net adds one vector at every pixel, so rotation has to be learned from scratch there; 3DAHV
-(Zhao et al., ICLR 2024) and DVMNet (Zhao et al., CVPR 2024) make the same case for an explicit 3D latent, and
-Image2Sphere (Klee et al., ICLR 2023) for one in harmonics.
+turning them, which is exact, needs no training and is cheap: F(e_r, ΔR) = S D(ΔR) e_r, where D turns harmonics and S
+changes the sign of a fifth of the channels (``as_template``). With one context token, the cross-attention of NOPE's
+U-Net adds one vector at every pixel, so rotation has to be learned from scratch there; 3DAHV (Zhao et al., ICLR 2024)
+and DVMNet (Zhao et al., CVPR 2024) make the same case for an explicit 3D latent, and Image2Sphere (Klee et al.,
+ICLR 2023) for one in harmonics.
 
 Turning keeps norms, so NOPE's likelihood −‖F(e_r, ΔR) − e_q‖² (Nguyen et al., CVPR 2024, Eq. 4) is a scalar product.
 """
@@ -244,7 +245,7 @@ def as_template(latents: Tensor) -> Tensor:
 
 
 def turned(latents: Tensor, R: Tensor) -> Tensor:
-    """Latents (N or 1, (L+1)², C) as seen after the rotations R (N, 3, 3): this predictor's whole prediction."""
+    """Latents (N or 1, (L+1)², C) as seen after the rotations R (N, 3, 3): D(R) e."""
     bandwidth = round(latents.shape[1] ** 0.5) - 1
     return rotate(latents, wigner_d(R, bandwidth))
 
@@ -252,7 +253,7 @@ def turned(latents: Tensor, R: Tensor) -> Tensor:
 def correlation(latents_query: Tensor, latents_reference: Tensor) -> Tensor:
     """What two latents (B, (L+1)², C) say about every rotation at once: (B, Σ(2l+1)²).
 
-    Its scalar product with the flattened D_l(R) (see ``flatten_d``) is ⟨e_q, D(R) e_r⟩.
+    Its scalar product with the flattened D_l(R) (see ``flatten_d``) is ⟨e_q, S D(R) e_r⟩.
     """
     bandwidth = round(latents_query.shape[1] ** 0.5) - 1
     latents_reference = as_template(latents_reference)

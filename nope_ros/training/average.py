@@ -12,16 +12,14 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from nope_ros.frame import InputError
-from nope_ros.latent import CONFIG_FILE, WEIGHTS_FILE, WeightsError, find_weights, read_state
+from nope_ros.latent import CONFIG_FILE, WEIGHTS_FILE, WeightsError, find_weights, read_state, write_weights
 
 SUMS_FILE = "SHA256SUMS"
 
@@ -84,14 +82,8 @@ def average(first: Path, second: Path, share: float, out: Path) -> None:
     # What was measured of B is not known of the mean.
     training = {key: value for key, value in config.get("training", {}).items() if key != "calibration"}
     config["training"] = {**training, "mean_of": parts}
-    out.mkdir(parents=True, exist_ok=True)
-    unfinished = out / f".{WEIGHTS_FILE}.{os.getpid()}"
-    save_file({name: value.contiguous() for name, value in state.items()}, unfinished, metadata={"format": "pt"})
-    os.replace(unfinished, out / WEIGHTS_FILE)
+    write_weights(out, config, state)
     (out / SUMS_FILE).write_text(f"{_sha256(out / WEIGHTS_FILE)}  {WEIGHTS_FILE}\n", encoding="utf-8")
-    unfinished = out / f".{CONFIG_FILE}.{os.getpid()}"
-    unfinished.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    os.replace(unfinished, out / CONFIG_FILE)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

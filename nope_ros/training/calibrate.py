@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,12 +33,12 @@ from nope_ros.crop import Crop
 from nope_ros.distribution import RotationDistribution
 from nope_ros.frame import InputError
 from nope_ros.latent import (
-    CONFIG_FILE,
     ErrorModel,
     NetworkPredictor,
     RotatedLatentPredictor,
     load_predictor,
     read_config,
+    write_weights,
 )
 from nope_ros.match import Bank, HarmonicBank, predict_bank
 from nope_ros.prior import FREEDOM, PRIORS, Prior, elevation, hypotheses
@@ -342,9 +341,7 @@ def write_calibration(folder: Path, temperature: float, errors: ErrorModel, note
             "training": {**config.training, "calibration": notes},
         }
     )
-    unfinished = folder / f".{CONFIG_FILE}.{os.getpid()}"
-    unfinished.write_text(json.dumps(changed.model_dump(), indent=2) + "\n", encoding="utf-8")
-    os.replace(unfinished, folder / CONFIG_FILE)
+    write_weights(folder, changed.model_dump())
 
 
 def main(arguments: list[str] | None = None) -> None:

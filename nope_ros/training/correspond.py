@@ -8,7 +8,6 @@ time, the query has been rolled to align with the hypothesis, not with the truth
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -21,7 +20,6 @@ from accelerate import Accelerator
 from numpy.random import Generator
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
@@ -31,7 +29,6 @@ from nope_ros.crop import depth_through
 from nope_ros.frame import InputError
 from nope_ros.harmonics import wigner_d
 from nope_ros.latent import (
-    CONFIG_FILE,
     WEIGHTS_FILE,
     RotatedLatentPredictor,
     WeightsError,
@@ -40,6 +37,7 @@ from nope_ros.latent import (
     load_predictor,
     load_state,
     read_state,
+    write_weights,
 )
 from nope_ros.models.correspondence import (
     CorrespondenceConfig,
@@ -582,12 +580,10 @@ def train(config_path: Path, out: Path, overrides: dict[str, object] | None = No
 
 def export(network: CorrespondenceNetwork, training: dict[str, object], folder: Path) -> None:
     """Write weights that ``CorrespondenceRefiner.from_pretrained`` reads, in half precision."""
-    folder.mkdir(parents=True, exist_ok=True)
     state = {key: value.half() if value.is_floating_point() else value for key, value in network.state_dict().items()}
-    save_file({key: value.contiguous().cpu() for key, value in state.items()}, folder / WEIGHTS_FILE)
     sizes = {key: list(value) if isinstance(value, tuple) else value for key, value in network.config.to_dict().items()}
     weights = CorrespondenceWeights(network=sizes, training=training)
-    (folder / CONFIG_FILE).write_text(json.dumps(weights.model_dump(), indent=2) + "\n", encoding="utf-8")
+    write_weights(folder, weights.model_dump(), state)
 
 
 def _train_mode(network: CorrespondenceNetwork) -> None:

@@ -62,6 +62,15 @@ class Batch:
         return Batch(self.crops.to(device), self.R_virtual_object.to(device), self.upright.to(device))
 
 
+def is_held_out(name: str, share: float = DataConfig.model_fields["validation_share"].default) -> bool:
+    """Whether training never sees an object of this name, as it does not see so large a share of all.
+
+    By name, not by position or random state: the split stays the same whatever else is there. A variant goes where its
+    mesh goes, or networks would be judged on objects much like those they learned.
+    """
+    return zlib.crc32(name.split(VARIANT_MARK)[0].encode()) / 2**32 < share
+
+
 class RenderCache:
     """Renders on disk, opened without reading them.
 
@@ -86,11 +95,8 @@ class RenderCache:
             self._open(folder)
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise InputError(f"data.cache: {folder} is damaged ({error}); delete it and make it again") from error
-        # By name, not by position or random state: the split stays the same whatever else is in the cache.
         self.variant = np.array([VARIANT_MARK in name for name in self.names])
-        # A variant goes where its mesh goes, or the network would be judged on objects much like those it learned.
-        fraction = np.array([zlib.crc32(name.split(VARIANT_MARK)[0].encode()) / 2**32 for name in self.names])
-        self.held_out = fraction < config.validation_share
+        self.held_out = np.array([is_held_out(name, config.validation_share) for name in self.names])
 
     def _open(self, folder: Path) -> None:
         self.images: NDArray[np.uint8] = np.load(folder / "images.npy", mmap_mode="r")

@@ -36,6 +36,8 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
+from nope_ros.mesh import mesh_files
+from nope_ros.rotations import look_at
 from nope_ros.training.mesh import Mesh, load_mesh
 from nope_ros.training.procedural import procedural_object
 from nope_ros.training.render import Lighting, ShadowMaps, all_around, render
@@ -130,8 +132,7 @@ def find_sources(settings: Settings) -> list[Source]:
             raise SystemExit(f"--meshes {root}: no such folder; give one that holds <source>/<object>.glb")
         index = root.parent / "index.json"
         known = json.loads(index.read_text()).get(root.name, {}) if index.is_file() else {}
-        for path in sorted(p for p in root.rglob("*") if p.suffix.lower() in (".glb", ".gltf", ".obj", ".ply", ".stl")):
-            name = path.relative_to(root).with_suffix("").as_posix()
+        for name, path in mesh_files(root).items():
             if HELD_OUT.search(name):
                 continue
             asymmetry = float(known.get(name, {}).get("asymmetry", np.nan))
@@ -148,20 +149,6 @@ def find_sources(settings: Settings) -> list[Source]:
             sources.append(Source(name, mesh.path, settings.seed, first, settings.views, mesh.asymmetry, i))
             first += settings.views
     return sources
-
-
-def look_at(eye: NDArray[np.float64], target: NDArray[np.float64]) -> NDArray[np.float64]:
-    """R_camera_object (3, 3) of a camera at `eye` that looks at `target` with the object's z axis up in the image.
-
-    Looking straight along z, where "up" has no meaning, the object's y axis takes its place.
-    """
-    forward = target - eye
-    forward = forward / np.linalg.norm(forward)
-    right = np.cross(forward, (0.0, 0.0, 1.0))
-    if np.linalg.norm(right) < 1e-6:
-        right = np.cross(forward, (0.0, 1.0, 0.0))
-    right /= np.linalg.norm(right)
-    return np.stack([right, np.cross(forward, right), forward])
 
 
 @njit(cache=True, nogil=True)
@@ -191,12 +178,12 @@ def random_view(rng: Generator, vertices: NDArray[np.float32], settings: Setting
     near, far = settings.distance
     distance = 1 / rng.uniform(1 / far, 1 / near)
     eye = distance * np.array([flat * np.cos(azimuth), flat * np.sin(azimuth), height])
-    R = look_at(eye, np.zeros(3))
+    R = look_at(eye)
     x0, x1, y0, y1 = _extent(vertices, R, -R @ eye)
     side = max(x1 - x0, y1 - y0)
     aim = np.array([0.5 * (x0 + x1), 0.5 * (y0 + y1), 1.0])
     aim[:2] += settings.jitter * side * rng.uniform(-1, 1, 2)
-    R = look_at(eye, eye + R.T @ aim)
+    R = look_at(-R.T @ aim)
     t = -R @ eye
     # Nothing is cut off: the focal length follows from the side that reaches farthest from the image's centre.
     reach = max(np.abs(_extent(vertices, R, t)))

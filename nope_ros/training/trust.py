@@ -14,9 +14,7 @@ templates, so that this is run again when their weights change.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -33,12 +31,13 @@ from scipy.special import logsumexp
 
 from nope_ros.correspondence import CORRESPONDENCE_WEIGHTS, CorrespondenceRefiner, CorrespondenceWeights
 from nope_ros.estimator import PoseEstimator
-from nope_ros.evaluation.meshes import MESH_SUFFIXES, mesh_set, procedural_set
+from nope_ros.evaluation.meshes import mesh_set, procedural_set
 from nope_ros.evaluation.stages import HARM_DEG, OFFSETS, TEMPLATE, Pair, judge_set, spread_row
 from nope_ros.frame import InputError
-from nope_ros.latent import CONFIG_FILE
+from nope_ros.latent import write_weights
+from nope_ros.mesh import mesh_files
 from nope_ros.prior import PRIORS, Prior
-from nope_ros.training.pairs import DataConfig
+from nope_ros.training.pairs import is_held_out
 
 # Of procedural objects; evaluation begins at 0, tests are below 10.
 _SEED = 1000
@@ -135,13 +134,7 @@ def fit_support(pairs: Sequence[Pair]) -> tuple[float, float]:
 
 def held_out(folder: Path) -> list[str]:
     """The meshes under a folder that training never sees: the same ones, by name, as of its cache."""
-    names = sorted(
-        path.relative_to(folder).with_suffix("").as_posix()
-        for path in folder.rglob("*")
-        if path.suffix.lower() in MESH_SUFFIXES
-    )
-    share = DataConfig.model_fields["validation_share"].default
-    return [name for name in names if zlib.crc32(name.encode()) / 2**32 < share]
+    return [name for name in mesh_files(folder) if is_held_out(name)]
 
 
 def gather(
@@ -254,8 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         }
         for name, by_prior in found.items()
     }
-    new = updated(old, changes)
-    (given.weights / CONFIG_FILE).write_text(json.dumps(new.model_dump(), indent=2) + "\n", encoding="utf-8")
+    write_weights(given.weights, updated(old, changes).model_dump())
 
 
 if __name__ == "__main__":
