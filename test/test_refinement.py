@@ -26,6 +26,7 @@ from nope_ros.evaluation.refinement import (
     on_sequence,
     on_starts,
     reading,
+    reasons,
     row,
 )
 from nope_ros.evaluation.stages import (
@@ -112,6 +113,9 @@ def test_goals_are_judged_for_each_prior() -> None:
     assert verdicts["climbs that never end above their starting loss, %"] == "yes"
     assert verdicts["climbs from 5° that end within 5°, %"] == "no"
     assert "Acc30 at no roll" not in told, "what was not measured is not judged"
+    why = reasons(told)
+    assert "* Centre: " in why and "* Climbs: " in why and "Tracking" not in why, "what is missed, and no more"
+    assert reasons("| centre, % of the crop | Renders | ≤ 3 | 1.0 | – | – | yes |") == ""
 
 
 def test_words_follow_the_figures() -> None:
