@@ -14,8 +14,11 @@ from dataclasses import asdict, dataclass, fields
 import numpy as np
 from numpy.typing import NDArray
 
+from nope_ros.crop import Crop
 from nope_ros.distribution import RotationDistribution
+from nope_ros.evaluation.symmetry import Symmetry
 from nope_ros.prior import Prior
+from nope_ros.rotations import twist
 
 Array = NDArray[np.float64]
 
@@ -58,6 +61,39 @@ def calibration(distribution: RotationDistribution, delta_R: Array) -> Calibrati
         cell=probability,
         nll=-float(np.log(max(probability, _LEAST_PROBABILITY) * len(allowed))),
     )
+
+
+@dataclass(frozen=True)
+class PoseError:
+    """How far a pose is from the true one.
+
+    Attributes:
+        rotation: angle, radians, modulo the object's symmetry.
+        roll: its part about the viewing direction, radians.
+        translation: ‖t − t_true‖ / ‖t_true‖.
+        centre: of the object in the crop, relative to the crop's side.
+        scale: |log| of the distance over the true one.
+    """
+
+    rotation: float
+    roll: float
+    translation: float
+    centre: float
+    scale: float
+
+    @classmethod
+    def of(cls, R: Array, t: Array, R_true: Array, t_true: Array, crop: Crop, symmetry: Symmetry) -> PoseError:
+        """Of R (3, 3) and t (3,) in camera axes; ``crop`` is of the query."""
+        to_crop = crop.K_virtual @ crop.R_virtual_camera
+        seen, true = to_crop @ t, to_crop @ t_true
+        off = crop.R_virtual_camera @ R_true @ R.T @ crop.R_virtual_camera.T
+        return cls(
+            rotation=float(symmetry.error(R, R_true)),
+            roll=float(abs(twist(off))),
+            translation=float(np.linalg.norm(t - t_true) / np.linalg.norm(t_true)),
+            centre=float(np.linalg.norm(seen[:2] / seen[2] - true[:2] / true[2]) / len(crop.image)),
+            scale=float(abs(np.log(np.linalg.norm(t) / np.linalg.norm(t_true)))),
+        )
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from nope_ros.crop import Crop
 from nope_ros.distribution import CONFIDENCE_RADIUS
 from nope_ros.estimator import PoseEstimator, RegisteredObject
 from nope_ros.evaluation.meshes import mesh_set, procedural_set
+from nope_ros.evaluation.metrics import PoseError
 from nope_ros.evaluation.photos import photo_set
 from nope_ros.evaluation.protocol import EvaluationObject, EvaluationSet, generator
 from nope_ros.evaluation.stages import HARM_DEG, RIGHT_DEG, TEMPLATE, partial_answers
@@ -38,7 +39,7 @@ from nope_ros.pose import PoseEstimate
 from nope_ros.prior import FREEDOM, PRIORS, Prior
 from nope_ros.recording import Moment, open_recording
 from nope_ros.refine import DEFAULT_REFINEMENT, REFINEMENTS, Query, Refinement
-from nope_ros.rotations import exp, geodesic_distance, log, twist
+from nope_ros.rotations import exp, geodesic_distance, log
 from nope_ros.synthesis import Freedom, climb, likelihoods
 from nope_ros.tracking import Tracker
 
@@ -105,18 +106,17 @@ def outcome(
 ) -> Outcome:
     """Compare a pose with the truth, R (3, 3) and t (3,), in camera axes; ``crop`` of the query."""
     off, apart = log(R @ pose.R_camera_object.T), t - pose.t_camera_object
-    seen, true = (crop.K_virtual @ crop.R_virtual_camera @ point for point in (pose.t_camera_object, t))
-    between = crop.R_virtual_camera @ R @ pose.R_camera_object.T @ crop.R_virtual_camera.T
+    error = PoseError.of(pose.R_camera_object, pose.t_camera_object, R, t, crop, symmetry)
     return Outcome(
-        float(np.degrees(symmetry.error(pose.R_camera_object, R))),
-        float(np.degrees(symmetry.error(start.R_camera_object, R))),
-        float(np.degrees(abs(twist(between)))),
-        float(np.linalg.norm(apart) / np.linalg.norm(t)),
-        float(np.linalg.norm(seen[:2] / seen[2] - true[:2] / true[2]) / len(crop.image)),
-        float(abs(np.log(np.linalg.norm(pose.t_camera_object) / np.linalg.norm(t)))),
-        float(off @ np.linalg.solve(pose.covariance[3:, 3:], off)),
-        float(apart @ np.linalg.solve(pose.covariance[:3, :3], apart)),
-        seconds,
+        error=float(np.degrees(error.rotation)),
+        start=float(np.degrees(symmetry.error(start.R_camera_object, R))),
+        roll=float(np.degrees(error.roll)),
+        translation=error.translation,
+        centre=error.centre,
+        scale=error.scale,
+        squared=float(off @ np.linalg.solve(pose.covariance[3:, 3:], off)),
+        placed=float(apart @ np.linalg.solve(pose.covariance[:3, :3], apart)),
+        seconds=seconds,
     )
 
 

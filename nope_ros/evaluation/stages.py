@@ -31,6 +31,7 @@ from nope_ros.crop import Crop
 from nope_ros.distribution import CONFIDENCE_RADIUS
 from nope_ros.estimator import PoseEstimator, RegisteredObject
 from nope_ros.evaluation.meshes import RADIUS_WITH_DEPTH, mesh_set, procedural_set
+from nope_ros.evaluation.metrics import PoseError
 from nope_ros.evaluation.photos import photo_set
 from nope_ros.evaluation.protocol import EvaluationObject, EvaluationSet, View
 from nope_ros.frame import Frame, InputError
@@ -38,7 +39,6 @@ from nope_ros.mesh import mesh_files
 from nope_ros.pose import PoseEstimate
 from nope_ros.prior import PRIORS, Prior
 from nope_ros.refine import Query, moved
-from nope_ros.rotations import twist
 from nope_ros.settle import Settling
 from nope_ros.training.mesh import load_mesh
 from nope_ros.video import Walk, farthest
@@ -177,15 +177,13 @@ def _error(
     if registered.keyframes is not None:  # its frame is the walk's; cameras were given in the true one
         R = R @ registered.keyframes.R_fixed_object.T
         t = t - R @ registered.keyframes.t_fixed_object
-    seen, true = (crop.K_virtual @ crop.R_virtual_camera @ point for point in (t, t_true))
-    apart = np.linalg.norm(seen[:2] / seen[2] - true[:2] / true[2])
-    between = crop.R_virtual_camera @ R @ R_true.T @ crop.R_virtual_camera.T
+    error = PoseError.of(R, t, R_true, t_true, crop, evaluated.symmetry)
     return StageError(
-        rotation_deg=float(np.degrees(evaluated.symmetry.error(R, R_true))),
-        roll_deg=float(np.degrees(abs(twist(between)))),
-        centre_percent=100 * float(apart) / crop.image.shape[0],
-        scale_percent=100 * abs(float(np.log(np.linalg.norm(t) / np.linalg.norm(t_true)))),
-        translation_percent=100 * float(np.linalg.norm(t - t_true) / np.linalg.norm(t_true)),
+        rotation_deg=float(np.degrees(error.rotation)),
+        roll_deg=float(np.degrees(error.roll)),
+        centre_percent=100 * error.centre,
+        scale_percent=100 * error.scale,
+        translation_percent=100 * error.translation,
         add=model.add(R, t, R_true, t_true, not evaluated.symmetry.trivial),
         seconds=seconds,
     )
