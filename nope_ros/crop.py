@@ -80,7 +80,8 @@ def outline(mask: NDArray[np.bool_] | NDArray[np.uint8]) -> Array:
     """
     binary = np.ascontiguousarray(mask, dtype=np.uint8)
     contours, _ = cv2.findContours(binary, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
-    areas = [max(cv2.contourArea(contour), len(contour)) for contour in contours]
+    # The area that a contour surrounds misses its own pixels: all of a line's, which is as long as half its contour.
+    areas = [max(cv2.contourArea(contour), cv2.arcLength(contour, True) / 2 + 1) for contour in contours]
     least = min(0.02 * sum(areas), max(areas))  # of a mask that is all specks, the largest is the object
     kept = [contour for contour, area in zip(contours, areas, strict=True) if area >= least]
     hull = cv2.convexHull(np.concatenate(kept))
@@ -111,12 +112,21 @@ def virtual_camera(outline_px: Array, K: Array, size: int) -> VirtualCamera:
     radius = 0.0
     for _ in range(2):  # once to find the circle, once more in the view turned to its centre
         seen = rays @ turn.T
-        (x, y), radius = cv2.minEnclosingCircle((seen[:, :2] / seen[:, 2:]).astype(np.float32))
-        turn = turn_to(turn.T @ np.array([x, y, 1.0]))
+        centre, radius = _enclosing_circle(seen[:, :2] / seen[:, 2:])
+        turn = turn_to(turn.T @ np.array([*centre, 1.0]))
     focal = FILL * size / 2 / radius
     middle = (size - 1) / 2  # pixel centres are integers
     K_virtual = np.array([[focal, 0, middle], [0, focal, middle], [0, 0, 1.0]])
-    return VirtualCamera(turn, K_virtual, float(radius))
+    return VirtualCamera(turn, K_virtual, radius)
+
+
+def _enclosing_circle(points: Array) -> tuple[Array, float]:
+    """Centre (2,) and radius of the smallest circle around points (N, 2)."""
+    # OpenCV's tolerances are absolute, 1e-4 and more, and meant for pixels.
+    middle, extent = points.mean(axis=0), float(np.ptp(points, axis=0).max())
+    unit = max(extent, 1e-12) / 1e4
+    centre, radius = cv2.minEnclosingCircle(((points - middle) / unit).astype(np.float32))
+    return middle + unit * np.array(centre), unit * radius
 
 
 def look_through(
@@ -125,7 +135,7 @@ def look_through(
     """Resample an image (H, W[, C]) into a virtual camera's view (size, size[, C]); black beyond the image."""
     homography = camera.K_virtual @ camera.R_virtual_camera @ np.linalg.inv(K)
     # Large objects are shrunk by area first: bilinear sampling alone would skip pixels and alias.
-    shrink = int(K[0, 0] / camera.K_virtual[0, 0])
+    shrink = min(int(K[0, 0] / camera.K_virtual[0, 0]), *image.shape[:2])
     if shrink > 1:
         height, width = image.shape[0] // shrink, image.shape[1] // shrink
         image = cv2.resize(image[: height * shrink, : width * shrink], (width, height), interpolation=cv2.INTER_AREA)

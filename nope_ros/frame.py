@@ -65,7 +65,7 @@ class Camera:
 
     def __post_init__(self) -> None:
         """Check the calibration."""
-        K = np.asarray(self.K, dtype=np.float64)
+        K = np.array(self.K, dtype=np.float64)  # a copy: the caller may go on to use its own
         if K.shape != (3, 3):
             raise InputError(f"camera: K has shape {K.shape}, expected (3, 3)")
         if not np.isfinite(K).all():
@@ -81,14 +81,19 @@ class Camera:
             raise InputError(f"camera: image size {self.width}x{self.height} is not within 1..{LARGEST_SIDE} px")
         if self.model not in _COEFFICIENTS:
             raise InputError(f"camera: distortion model '{self.model}' is unknown; known: {', '.join(_COEFFICIENTS)}")
-        if not np.isfinite(self.distortion).all():
+        try:
+            distortion = tuple(np.ravel(np.asarray(self.distortion, dtype=np.float64)).tolist())
+        except (TypeError, ValueError):
+            raise InputError(f"camera: distortion {self.distortion!r} is no list of coefficients") from None
+        if not np.isfinite(distortion).all():
             raise InputError("camera: distortion coefficients hold NaN or infinity")
-        if self.distortion and len(self.distortion) not in _COEFFICIENTS[self.model]:
+        if distortion and len(distortion) not in _COEFFICIENTS[self.model]:
             raise InputError(
-                f"camera: {len(self.distortion)} distortion coefficients given, model '{self.model}' takes "
+                f"camera: {len(distortion)} distortion coefficients given, model '{self.model}' takes "
                 f"{' or '.join(map(str, _COEFFICIENTS[self.model]))}"
             )
         object.__setattr__(self, "K", K)
+        object.__setattr__(self, "distortion", distortion)
 
     @property
     def distorted(self) -> bool:

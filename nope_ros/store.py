@@ -42,7 +42,8 @@ _OPTIONAL_KEYFRAME_ARRAYS = (
 _SUFFIX = ".object.safetensors"
 _SAFE_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,62}")
 # An object takes a megabyte, with a mesh ten; a larger file is not one of ours and is not read into memory.
-_LARGEST_FILE = 64 * 2**20
+_LARGEST_FILE = 256 * 2**20
+_SET_ASIDE = ".unreadable"
 # A save takes a fraction of one.
 _WRITING_SECONDS = 2.0
 
@@ -93,8 +94,12 @@ class ObjectStore:
     def _path(self, object_id: str) -> Path:
         return self.folder / (check_object_id(object_id) + _SUFFIX)
 
-    def save(self, registered: RegisteredObject) -> None:
+    def save(self, registered: RegisteredObject) -> Path | None:
         """Write an object, whole or not at all, replacing an older one of its name.
+
+        Returns:
+            Where an older file is now that could not have been loaded (damaged, or of other weights), if there was one.
+            Nobody saw it among the registered objects, so nobody meant to replace it.
 
         Raises:
             StoreError: if the disk is full or the folder is read-only; an older file is then untouched.
@@ -139,11 +144,22 @@ class ObjectStore:
             metadata["keyframes"] = json.dumps(about)
         metadata["checksum"] = _checksum(tensors, metadata)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        content = save(tensors, metadata)
+        afterwards = "an older object of that name will be back" if path.exists() else "it will be gone"
+        if len(content) > _LARGEST_FILE:
+            raise StoreError(
+                f"storage: object '{registered.object_id}' takes {len(content) / 2**20:.0f} MB, a file holds "
+                f"{_LARGEST_FILE // 2**20}; it is registered, but after a restart {afterwards}: use fewer views"
+            )
+        aside = None
         try:
             with temporary.open("wb") as file:
-                file.write(save(tensors, metadata))
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
+            if path.exists() and not _made_with(path, registered.predictor):
+                aside = path.with_name(path.name + _SET_ASIDE)
+                path.replace(aside)
             temporary.replace(path)
             _sync_folder(self.folder)
         except OSError as error:
@@ -151,9 +167,10 @@ class ObjectStore:
                 temporary.unlink(missing_ok=True)
             raise StoreError(
                 f"storage: object '{registered.object_id}' could not be written to {self.folder} ({error.strerror}); "
-                "it is registered, but will be gone after a restart: free the disk or choose another folder, then "
+                f"it is registered, but after a restart {afterwards}: free the disk or choose another folder, then "
                 "register it again"
             ) from None
+        return aside
 
     def delete(self, object_id: str) -> None:
         """Remove an object's file, if there is one.
@@ -238,6 +255,15 @@ class ObjectStore:
             )
         except (KeyError, ValueError, TypeError) as error:
             raise StoreError(f"storage: {path} is incomplete ({error}); register the object again") from None
+
+
+def _made_with(path: Path, predictor: Predictor) -> bool:
+    """Whether a file can be read, and holds an object registered with these weights."""
+    try:
+        with safe_open(path, "pt") as file:
+            return bool((file.metadata() or {}).get("predictor") == predictor.identity)
+    except (SafetensorError, OSError):
+        return False
 
 
 def _runs(pid: int) -> bool:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nope_ros.crop import FILL, virtual_crop
+from nope_ros.crop import FILL, outline, virtual_camera, virtual_crop
 from nope_ros.frame import Camera, Frame, InputError
 from nope_ros.pose import ReferencePose, outline_sigma, projective_distance
 from nope_ros.rotations import exp, geodesic_distance, look_at
@@ -195,3 +195,42 @@ def test_bad_distortion_is_refused():
         Camera(SMALL_K, 64, 48, (0.1,), "lens")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="takes 4 or 5"):
         Camera(SMALL_K, 64, 48, (0.1,), "plumb_bob")
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([1400.0, 3000.0, 9000.0]), st.floats(5, 60))
+def test_the_circle_encloses_the_object_however_small_its_angle(seed, focal, radius):
+    """A few pixels of a long lens are a ten-thousandth of a radian, where OpenCV's own tolerances are."""
+    rng = np.random.default_rng(seed)
+    angle = rng.uniform(0, 2 * np.pi, rng.integers(3, 7))
+    points = np.array([640, 360]) + radius * np.column_stack([np.cos(angle), np.sin(angle)])
+    camera = virtual_camera(points, np.array([[focal, 0, 640.0], [0, focal, 360], [0, 0, 1]]), 96)
+    rays = np.column_stack([(points - [640, 360]) / focal, np.ones(len(points))]) @ camera.R_virtual_camera.T
+    reach = np.linalg.norm(rays[:, :2] / rays[:, 2:], axis=1)
+    assert reach.max() == pytest.approx(camera.angular_radius, rel=2e-3)
+    # The smallest circle touches two points that are opposite each other, or three around its centre: it is no larger
+    # than the circle that the points were taken from, nor smaller than half of what lies farthest apart.
+    apart = np.linalg.norm(points[:, None] - points[None], axis=-1).max()
+    assert 0.99 * apart / 2 <= focal * camera.angular_radius <= 1.01 * max(radius, apart / np.sqrt(3))
+
+
+def test_a_line_of_one_pixel_is_no_speck():
+    mask = np.zeros((480, 640), np.uint8)
+    mask[50:430, 320] = 255  # a cable
+    mask[100:112, 100:112] = 255
+    assert np.ptp(outline(mask)[:, 1]) == 379
+
+
+def test_a_long_object_in_a_narrow_image_can_be_looked_at():
+    image, mask = np.full((2000, 20, 3), 90, np.uint8), np.ones((2000, 20), bool)
+    crop = virtual_crop(Frame.from_arrays(image, mask, np.array([[900.0, 0, 10], [0, 900.0, 1000], [0, 0, 1]])), 64)
+    assert crop.mask.max() > 0
+
+
+@pytest.mark.parametrize("given", [[0.1, 0.0, 0.0, 0.0, 0.0], np.array([[0.1, 0.0, 0.0, 0.0, 0.0]])])
+def test_distortion_comes_as_opencv_gives_it(given):
+    camera = Camera(K, 640, 480, given, "plumb_bob")
+    assert camera.distortion == (0.1, 0.0, 0.0, 0.0, 0.0)
+    assert camera.undistort(np.zeros((480, 640, 3), np.uint8)).shape == (480, 640, 3)
+    with pytest.raises(InputError, match="list of coefficients"):
+        Camera(K, 640, 480, "k1", "plumb_bob")

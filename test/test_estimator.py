@@ -294,6 +294,19 @@ def test_a_damaged_or_foreign_file_is_reported_and_the_others_load(estimator, tm
     assert not report.objects and any("other weights" in problem for problem in report.problems)
 
 
+def test_a_file_that_could_not_be_loaded_is_set_aside_not_replaced(estimator, tmp_path):
+    """Nobody saw it among the registered objects, so nobody meant to replace it."""
+    other = RotatedLatentPredictor(RotatedLatentNetwork(RotatedLatentConfig(widths=(32, 32, 32), crop_size=64)))
+    store = ObjectStore(tmp_path)
+    assert store.save(replace(estimator.register(*seen()), predictor=other, object_id="mug")) is None
+    aside = store.save(replace(estimator.register(*seen()), object_id="mug"))
+    assert aside is not None and aside.parent == tmp_path
+    assert [one.object_id for one in store.load_all(estimator.predictor).objects] == ["mug"]
+    aside.replace(tmp_path / "mug.object.safetensors")  # as who takes the weights of before does
+    assert [one.object_id for one in store.load_all(other).objects] == ["mug"]
+    assert store.save(replace(estimator.register(*seen()), predictor=other, object_id="mug")) is None
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere: a read-only folder cannot be made")
 def test_a_read_only_folder_is_named(estimator, tmp_path):
     tmp_path.chmod(0o500)
@@ -311,7 +324,7 @@ def test_a_failed_write_keeps_the_older_file_and_leaves_no_other(estimator, tmp_
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
     try:
-        with pytest.raises(StoreError, match="could not be written"):
+        with pytest.raises(StoreError, match=r"could not be written.*an older object of that name will be back"):
             store.save(estimator.register(*seen(), object_diameter=1.0))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -478,10 +478,12 @@ def main(words: Sequence[str]) -> int:
                 registered = _from_mesh(given, estimator, progress)
             else:
                 registered = _from_walk(given, source, estimator, progress, console)
-        store.save(registered)
+        aside = store.save(registered)
     except InputError as error:
         print(f"nope-ros register: {error}", file=sys.stderr)
         return 2
+    if aside is not None:
+        console.print(f"A file of that name that could not be loaded is now {aside}", highlight=False, soft_wrap=True)
     known = "" if registered.gravity_known else "; which way is up is not known, so any orientation is possible"
     note = known if given.mesh is None or registered.gravity_known else "; without --up, so any orientation is possible"
     console.print(

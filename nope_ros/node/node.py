@@ -522,11 +522,11 @@ class NopeNode(LifecycleNode):
                 raise InputError("the node was deactivated meanwhile; activate it and register again")
             self._add(registered, overwrite)  # another call may have taken the name meanwhile
             try:
-                session.store.save(registered)
+                aside = session.store.save(registered)
             except StoreError as error:
                 self._complain(error)
                 return f"; {error}"
-        return ""
+        return "" if aside is None else f"; a file of that name that could not be loaded is now {aside.name}"
 
     def _register_stream(
         self, request: RegisterFromStream.Request, response: RegisterFromStream.Response
