@@ -308,8 +308,8 @@ class CorrespondenceRefiner:
     def shifted(self, query: Query, registered: RegisteredObject, estimate: PoseEstimate, found: Found) -> Refined:
         """The estimate's rotation, and the object where the query's depth has the matched points."""
         assert query.surface is not None
-        matches, left = found.matches, query.crop.R_virtual_camera
-        R = left @ estimate.delta_R @ registered.R_virtual_camera.T
+        matches, R_camera_virtual = found.matches, query.crop.R_virtual_camera.T
+        R = registered.allocentric(estimate.delta_R, query)
         y = sampled(query.surface, matches.places, query.crop.angular_radius)
         apart = y - matches.points @ (R @ matches.R_view.T).T
         known = np.isfinite(apart).all(-1) & (matches.weights > 0)
@@ -317,7 +317,7 @@ class CorrespondenceRefiner:
         # The rotation is the estimate's, and so is its mode, whichever was chosen from the image.
         own = min(found.modes, key=lambda mode: float(geodesic_distance(mode.R, estimate.delta_R)))
         found = replace(found, modes=(own, *(mode for mode in found.modes if mode is not own)))
-        return self._certain("depth", query, registered, estimate, found, R, left.T @ centre, None)
+        return self._certain("depth", query, registered, estimate, found, R, R_camera_virtual @ centre, None)
 
     def answer_in_depth(
         self, query: Query, registered: RegisteredObject, estimate: PoseEstimate, found: Found, fitted: Fit
@@ -418,7 +418,7 @@ class CorrespondenceRefiner:
     def _placed(query: Query, registered: RegisteredObject, found: Found, centre_virtual: Array, trust: Trust) -> Array:
         """The view's centre (3,), as matches and as the outline have it, each as far as it is to be trusted."""
         matched, outlined = query.crop.R_virtual_camera.T @ centre_virtual, _outlined(query, found)
-        turned = registered.turned(found.modes[0].R, query.crop.R_virtual_camera)
+        turned = registered.turned(found.modes[0].R, query)
         apart = outline_sigma(found.reference, query.crop, turned) ** 2
         together: Array = outlined + apart / (apart + trust.placed**2) * (matched - outlined)
         return together
@@ -449,7 +449,7 @@ class CorrespondenceRefiner:
                 search = search.advanced()
             assert search.step is not None
             support = search.step.support.double().cpu().numpy()
-            turned = np.array([registered.turned(mode.R, crop.R_virtual_camera) for mode in tried])
+            turned = np.array([registered.turned(mode.R, query) for mode in tried])
             weight = trust.support * support - trust.from_near * np.cos(turned)
             mass = np.array([mode.probability for mode in tried])
             # Of modes that were not compared, this says nothing; of a single one neither, to the last bit.
@@ -497,7 +497,7 @@ class CorrespondenceRefiner:
         self, query: Query, registered: RegisteredObject, mode: Mode, rolls: Sequence[float]
     ) -> _Hypothesis:
         """A mode, and the view it is compared with; under one of the given rolls, if that is nearly its own."""
-        R_virtual = query.crop.R_virtual_camera @ mode.R @ registered.R_virtual_camera.T
+        R_virtual = registered.allocentric(mode.R, query)
         R_view, reference, views, depth = self._reference(registered, R_virtual)
         R = R_virtual @ R_view.T
         # The query is rolled to align with the view, so that features need not know of roll.
@@ -543,9 +543,8 @@ class CorrespondenceRefiner:
         if sides is None:
             view, R_view, reference = -1, np.eye(3), registered.reference
         else:
-            R_reference = registered.R_virtual_camera @ registered.reference.R_camera_object
-            view = int(sides.nearest((R_virtual @ R_reference)[None])[0])
-            R_view = sides.R[view] @ R_reference.T
+            view = int(sides.nearest((R_virtual @ registered.R_virtual_object)[None])[0])
+            R_view = sides.R[view] @ registered.R_virtual_object.T
             reference = sides.reference_at(view, registered.reference)
         key = (id(registered), view)
         with self._lock:
@@ -681,7 +680,7 @@ def _outlined(query: Query, found: Found) -> Array:
 
 def _between(query: Query, registered: RegisteredObject, estimate: PoseEstimate, found: Found, delta_R: Array) -> Array:
     """From the centre of the view that was compared to that of the estimate's, camera axes; each side has its own."""
-    asked = registered.reference_at(estimate.delta_R, query.crop.R_virtual_camera)
+    asked = registered.reference_at(estimate.delta_R, query)
     apart: Array = found.reference.offset_object - asked.offset_object
     return delta_R @ asked.R_camera_object @ apart
 

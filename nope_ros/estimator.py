@@ -78,6 +78,22 @@ class RegisteredObject:
         """Whether translations are metres."""
         return self.reference.metric
 
+    @property
+    def R_virtual_object(self) -> Array:
+        """(3, 3) of the reference crop."""
+        R: Array = self.R_virtual_camera @ self.reference.R_camera_object
+        return R
+
+    def allocentric(self, delta_R: Array, query: Query) -> Array:
+        """Rotations delta_R (..., 3, 3), camera axes, as networks see them: between the two virtual cameras."""
+        R_virtual: Array = query.crop.R_virtual_camera @ delta_R @ self.R_virtual_camera.T
+        return R_virtual
+
+    def egocentric(self, R_virtual: Array, query: Query) -> Array:
+        """The way back: rotations (..., 3, 3) between the virtual cameras as delta_R, camera axes."""
+        delta_R: Array = query.crop.R_virtual_camera.T @ R_virtual @ self.R_virtual_camera
+        return delta_R
+
     @cached_property
     def free_bank(self) -> Bank:
         """Templates for any rotation; predicted when first asked for, as an object with gravity may never need them."""
@@ -100,7 +116,7 @@ class RegisteredObject:
         Of one reference view, ``latent`` (D,) may take the place of its own.
         """
         if self.rendered is not None:
-            return self.rendered.bank(self.predictor, rotations, self.R_virtual_camera @ self.reference.R_camera_object)
+            return self.rendered.bank(self.predictor, rotations, self.R_virtual_object)
         if self.keyframes is None:
             return predict_bank(self.predictor, self.latent if latent is None else latent, rotations, self.batch_size)
         views = self.keyframes.R_virtual_object @ self.keyframes.R_virtual_object[0].T
@@ -113,19 +129,15 @@ class RegisteredObject:
         """Of the likelihood: the predictor's, and more where keyframes contradict each other."""
         return self.predictor.temperature * (1.0 if self.keyframes is None else self.keyframes.spread)
 
-    def reference_at(self, delta_R: Array, R_virtual_camera: Array) -> ReferencePose:
+    def reference_at(self, delta_R: Array, query: Query) -> ReferencePose:
         """The reference for a query that sees the object turned by ``delta_R`` (3, 3), camera axes.
 
         With a mesh, or from a walk, its size and centre are known from every side; from one image, from that side only.
-
-        Args:
-            delta_R: from the reference.
-            R_virtual_camera: (3, 3) of the query's crop.
         """
         sides = self.sides
         if sides is None:
             return self.reference
-        R_virtual_object = R_virtual_camera @ delta_R @ self.reference.R_camera_object
+        R_virtual_object = query.crop.R_virtual_camera @ delta_R @ self.reference.R_camera_object
         return sides.reference_at(int(sides.nearest(R_virtual_object[None])[0]), self.reference)
 
     @property
@@ -135,15 +147,13 @@ class RegisteredObject:
             return self.rendered
         return None if self.keyframes is None else self.keyframes.sides
 
-    def turned(self, delta_R: Array, R_virtual_camera: Array) -> float:
+    def turned(self, delta_R: Array, query: Query) -> float:
         """Angle between the direction of view of a query and the nearest from which the object is known, radians.
 
         Arguments as of ``reference_at``.
         """
-        known = (self.R_virtual_camera @ self.reference.R_camera_object)[None]
-        if self.sides is not None:
-            known = self.sides.R
-        direction = (R_virtual_camera @ delta_R @ self.reference.R_camera_object)[2]
+        known = self.R_virtual_object[None] if self.sides is None else self.sides.R
+        direction = (query.crop.R_virtual_camera @ delta_R @ self.reference.R_camera_object)[2]
         return float(np.arccos(np.clip((known[:, 2] @ direction).max(), -1, 1)))
 
     @property
@@ -208,26 +218,23 @@ class RegisteredObject:
         # From virtual cameras (allocentric) back to the real ones (egocentric).
         return seen.transformed(query.crop.R_virtual_camera.T, self.R_virtual_camera)
 
-    def allowed(self, R: Array, query: Query, prior: Prior) -> Array:
-        """The nearest delta_R (3, 3), camera axes, that a prior allows; R (3, 3) is between virtual cameras."""
-        R_virtual = constrained(R, prior, self.gravity_virtual, query.gravity_virtual)
-        delta_R: Array = query.crop.R_virtual_camera.T @ R_virtual @ self.R_virtual_camera
-        return delta_R
+    def allowed(self, R_virtual: Array, query: Query, prior: Prior) -> Array:
+        """The nearest delta_R (3, 3), camera axes, that a prior allows; R_virtual (3, 3) is between virtual cameras."""
+        return self.egocentric(constrained(R_virtual, prior, self.gravity_virtual, query.gravity_virtual), query)
 
     def pose_in(
         self, query: Query, distribution: RotationDistribution, similarity: float, prior: Prior
     ) -> PoseEstimate:
         """The pose that a distribution of delta_R in camera axes means in a query."""
-        R_virtual_camera = query.crop.R_virtual_camera
         return pose_estimate(
             self.object_id,
-            self.reference_at(distribution.mode.R, R_virtual_camera),
+            self.reference_at(distribution.mode.R, query),
             query.crop,
             distribution,
             similarity,
             prior,
             query.frame,
-            turned=self.turned(distribution.mode.R, R_virtual_camera),
+            turned=self.turned(distribution.mode.R, query),
         )
 
 
@@ -622,7 +629,7 @@ class PoseEstimator:
             for refiner in chosen:
                 refined = refiner.refine(query, registered, estimate)
                 if refined is not None:
-                    reference = registered.reference_at(estimate.delta_R, query.crop.R_virtual_camera)
+                    reference = registered.reference_at(estimate.delta_R, query)
                     estimate = moved(estimate, refined, reference)
         return estimate
 

@@ -141,8 +141,7 @@ def weighed(
     """
     found = Measured(mode, distribution.moment_within(mode, CONFIDENCE_RADIUS)).together(measured)
     # Between two rotations that gravity allows, but only nearly one of them.
-    R_virtual = query.crop.R_virtual_camera @ found.R @ registered.R_virtual_camera.T
-    return replace(found, R=registered.allowed(R_virtual, query, prior))
+    return replace(found, R=registered.allowed(registered.allocentric(found.R, query), query, prior))
 
 
 Step = Literal["correspondence", "synthesis"]

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from nope_ros.crop import FILL
 from nope_ros.depth import Model, Slid, normals_of, slide
 from nope_ros.pose import PoseEstimate, ReferencePose
-from nope_ros.prior import constrained
 from nope_ros.refine import Query, Refined, moved, over_modes
 from nope_ros.rotations import geodesic_distance
 
@@ -109,12 +108,8 @@ class Settling:
     def settled(self, estimate: PoseEstimate, slid: Slid) -> PoseEstimate:
         """The estimate, where it ended."""
         reference = self._reference(estimate)
-        left, right = self.query.crop.R_virtual_camera, self.registered.R_virtual_camera
-        delta_R = slid.R @ estimate.R_camera_object.T @ estimate.delta_R
-        allowed = constrained(
-            left @ delta_R @ right.T, estimate.prior, self.registered.gravity_virtual, self.query.gravity_virtual
-        )
-        delta_R = left.T @ allowed @ right
+        R_virtual = self.registered.allocentric(slid.R @ estimate.R_camera_object.T @ estimate.delta_R, self.query)
+        delta_R = self.registered.allowed(R_virtual, self.query, estimate.prior)
         found = estimate.delta_modes
         modes = (replace(found[0], R=delta_R), *found[1:])
         centre = slid.t - slid.R @ reference.offset_object
@@ -132,7 +127,7 @@ class Settling:
         return moved(estimate, refined, reference)
 
     def _reference(self, estimate: PoseEstimate) -> ReferencePose:
-        return self.registered.reference_at(estimate.delta_R, self.query.crop.R_virtual_camera)
+        return self.registered.reference_at(estimate.delta_R, self.query)
 
 
 def model_of(registered: RegisteredObject, R_virtual_object: Array) -> Model | None:
@@ -148,7 +143,7 @@ def model_of(registered: RegisteredObject, R_virtual_object: Array) -> Model | N
         nearest = np.argsort(-rendered.R[:, 2] @ R_virtual_object[2])[:_VIEWS]
         views = [(rendered.depth[v], rendered.R[v], rendered.reference_at(int(v), reference)) for v in nearest]
     elif registered.depth is not None:
-        views = [(registered.depth, registered.R_virtual_camera @ reference.R_camera_object, reference)]
+        views = [(registered.depth, registered.R_virtual_object, reference)]
     points, normals = np.zeros((0, 3)), np.zeros((0, 3))
     for z, R, seen in views:
         along = ((np.arange(len(z)) + 0.5) / len(z) * 2 - 1) / FILL * seen.angular_radius

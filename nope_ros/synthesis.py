@@ -268,7 +268,7 @@ class SynthesisRefiner:
             rotations[members] = np.where(worthwhile[:, None, None], climbed, starts) @ R_view_reference
             values[members] = np.where(worthwhile, at.value, begun)
         masses, kept = vote(rotations, masses, values, self.agreement)
-        found = left.T @ rotations[kept] @ right.T
+        found = registered.egocentric(rotations[kept], query)
         modes = tuple(Mode(R, float(mass)) for R, mass in zip(found, masses, strict=True))
         return Refined("synthesis", modes, rotation_covariance(estimate.distribution, found[0]))
 
@@ -290,13 +290,12 @@ def likelihoods(
     if registered.rendered is None:
         return [(everything, objective(predictor, query.latent, registered.latent), np.eye(3))]
     # Of renders each answers for what is seen from near it.
-    R_reference = registered.R_virtual_camera @ registered.reference.R_camera_object
-    nearest = registered.rendered.nearest(rotations @ R_reference)
+    nearest = registered.rendered.nearest(rotations @ registered.R_virtual_object)
     return [
         (
             np.flatnonzero(nearest == view),
             objective(predictor, query.latent, registered.rendered.latents[view]),
-            registered.rendered.R[view] @ R_reference.T,
+            registered.rendered.R[view] @ registered.R_virtual_object.T,
         )
         for view in np.unique(nearest)
     ]

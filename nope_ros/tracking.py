@@ -195,7 +195,7 @@ class Tracker:
                 modes = (_sharp(modes[0], told, query, registered, estimate.prior), *modes[1:])
             pose = registered.pose_in(query, fused, estimate.similarity, estimate.prior)
             found = Refined("tracking", modes, rotation_covariance(fused, modes[0].R))
-            reference = registered.reference_at(fused.mode.R, query.crop.R_virtual_camera)
+            reference = registered.reference_at(fused.mode.R, query)
             pose = moved(pose, found, reference)
         self._beliefs[registered.object_id] = _Belief(
             registered=registered,
@@ -224,7 +224,7 @@ class Tracker:
             return estimate
         best = Mode(belief.answer, estimate.modes[0].probability)
         # Of another mode they say nothing, and the less the less of the known side is seen.
-        nearness = max(np.cos(registered.turned(best.R, query.crop.R_virtual_camera)), 0.0)
+        nearness = max(np.cos(registered.turned(best.R, query)), 0.0)
         weight = best.probability * nearness**2 / _MATCHES_SPREAD**2
         earlier, now = belief.matched, replace(measured, covariance=measured.covariance / max(weight, _NEGLIGIBLE))
         if earlier is None or geodesic_distance(earlier.R, best.R) > _MATCHES_REACH:
@@ -314,10 +314,10 @@ def _summed(
 
 def _sharp(mode: Mode, told: Tensor, query: Query, registered: RegisteredObject, prior: Prior) -> Mode:
     """A mode at the very peak of a belief that may be sharper than the grid, if one is within the grid's reach."""
-    left, right = query.crop.R_virtual_camera, registered.R_virtual_camera.T
     likelihood = HarmonicObjective(told.double().cpu(), bandwidth_of(len(told)))
     freedom = Freedom(prior, registered.gravity_virtual, query.gravity_virtual)
-    peak = left.T @ climb(likelihood, (left @ mode.R @ right)[None], freedom)[0][0] @ right.T
+    climbed, _ = climb(likelihood, registered.allocentric(mode.R, query)[None], freedom)
+    peak = registered.egocentric(climbed[0], query)
     return replace(mode, R=peak) if geodesic_distance(peak, mode.R) < _PEAK_REACH else mode
 
 

@@ -152,8 +152,8 @@ def test_each_side_has_a_size_and_a_centre_of_its_own(estimator, registered, fra
     keyframes = registered.keyframes
     for index, name in enumerate(keyframes.names):
         R, t = camera(ROUND[int(name.removeprefix("frame "))])
-        crop = estimator.look(frames[int(name.removeprefix("frame "))], R @ [0, 0, -1.0]).crop
-        at = registered.reference_at(R @ camera(ROUND[0])[0].T, crop.R_virtual_camera)
+        query = estimator.look(frames[int(name.removeprefix("frame "))], R @ [0, 0, -1.0])
+        crop, at = query.crop, registered.reference_at(R @ camera(ROUND[0])[0].T, query)
         np.testing.assert_array_equal(at.offset_object, keyframes.offset_object[index])
         centre = at.distance * at.angular_radius / crop.angular_radius * crop.R_virtual_camera[2]
         origin = centre + keyframes.R_camera_object[index] @ at.offset_object
@@ -161,7 +161,7 @@ def test_each_side_has_a_size_and_a_centre_of_its_own(estimator, registered, fra
     # Files of before have one side only.
     old = replace(registered, keyframes=replace(keyframes, distance=None))
     assert old.sides is None
-    assert old.reference_at(registered.reference.R_camera_object, np.eye(3)) is old.reference
+    assert old.reference_at(registered.reference.R_camera_object, query) is old.reference
 
 
 def test_each_bad_frame_is_refused_with_its_reason(frames):

@@ -313,7 +313,7 @@ def on_starts(found: EvaluationSet, estimator: PoseEstimator, limit: int, seed: 
                 registered = known.registered(reference, prior)
                 query = estimator.look(frame, None if prior == "free" else views[index].gravity_camera)
                 delta_R = views[index].R_camera_object @ views[reference].R_camera_object.T
-                truth = query.crop.R_virtual_camera @ delta_R @ registered.R_virtual_camera.T
+                truth = registered.allocentric(delta_R, query)
                 freedom = Freedom(prior, registered.gravity_virtual, query.gravity_virtual)
                 steps = rng.normal(size=(len(_STARTS), _RUNS, FREEDOM[prior]))
                 steps *= np.radians(_STARTS)[:, None, None] / np.linalg.norm(steps, axis=-1, keepdims=True)

@@ -198,7 +198,7 @@ def partial_answers(
     refiner: CorrespondenceRefiner, query: Query, registered: RegisteredObject, template: PoseEstimate, found: Found
 ) -> dict[str, PoseEstimate]:
     """What a look at the templates' answer makes of it by an affine and by offsets, each for itself: a pose by row."""
-    reference = registered.reference_at(template.delta_R, query.crop.R_virtual_camera)
+    reference = registered.reference_at(template.delta_R, query)
     rows: tuple[tuple[str, Literal["affine", "offsets"]], ...] = ((AFFINE, "affine"), (OFFSETS, "offsets"))
     return {
         row: moved(template, refiner.alone(query, registered, template, found, stage), reference) for row, stage in rows
@@ -227,7 +227,7 @@ def judge(
     matched = time.perf_counter() - begin
     found = refiner.look(seen, registered, template)
     looked = time.perf_counter() - begin
-    reference = registered.reference_at(template.delta_R, seen.crop.R_virtual_camera)
+    reference = registered.reference_at(template.delta_R, seen)
 
     rows = {TEMPLATE: (template, matched)}
     for row, pose in partial_answers(refiner, seen, registered, template, found).items():
