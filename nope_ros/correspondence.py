@@ -292,13 +292,12 @@ class CorrespondenceRefiner:
         if estimate.prior == "standing" and registered.gravity_virtual is not None:
             axis = query.gravity_virtual
             aligned = constrained(aligned, "standing", matches.R_view @ registered.gravity_virtual, axis)
-        unit = found.reference.distance * found.reference.angular_radius
         R = found.R @ matches.R_view.T @ aligned.T
         fitted = fit(
             matches.points @ aligned.T,
             y,
             matches.weights,
-            _TOLERANCE * unit,
+            _TOLERANCE * found.reference.radius,
             np.random.default_rng(0),
             axis=axis,
             start=(R, found.centre_virtual),
@@ -418,7 +417,7 @@ class CorrespondenceRefiner:
     def _placed(query: Query, registered: RegisteredObject, found: Found, centre_virtual: Array, trust: Trust) -> Array:
         """The view's centre (3,), as matches and as the outline have it, each as far as it is to be trusted."""
         matched, outlined = query.crop.R_virtual_camera.T @ centre_virtual, _outlined(query, found)
-        turned = registered.turned(found.modes[0].R, query)
+        turned = registered.angle_from_known(found.modes[0].R, query)
         apart = outline_sigma(found.reference, query.crop, turned) ** 2
         together: Array = outlined + apart / (apart + trust.placed**2) * (matched - outlined)
         return together
@@ -449,7 +448,7 @@ class CorrespondenceRefiner:
                 search = search.advanced()
             assert search.step is not None
             support = search.step.support.double().cpu().numpy()
-            turned = np.array([registered.turned(mode.R, query) for mode in tried])
+            turned = np.array([registered.angle_from_known(mode.R, query) for mode in tried])
             weight = trust.support * support - trust.from_near * np.cos(turned)
             mass = np.array([mode.probability for mode in tried])
             # Of modes that were not compared, this says nothing; of a single one neither, to the last bit.
@@ -490,8 +489,7 @@ class CorrespondenceRefiner:
         points, targets = step.points[0].double().cpu().numpy(), step.targets[0].double().cpu().numpy()
         unroll = exp(np.array([0.0, 0.0, hypothesis.roll]))[:2, :2]
         weights = step.log_weights[0, :, 0].exp().double().cpu().numpy()
-        unit = hypothesis.reference.distance * hypothesis.reference.angular_radius
-        return Matches(points * unit, targets[:, :2] @ unroll.T, weights, hypothesis.R_view)
+        return Matches(points * hypothesis.reference.radius, targets[:, :2] @ unroll.T, weights, hypothesis.R_view)
 
     def _hypothesis(
         self, query: Query, registered: RegisteredObject, mode: Mode, rolls: Sequence[float]
@@ -510,11 +508,10 @@ class CorrespondenceRefiner:
         unroll = exp(np.array([0.0, 0.0, hypothesis.roll]))
         x, y = pose.shift[0].double().cpu().numpy()
         z = float(torch.exp(-pose.log_scale[0])) / rho
-        unit = hypothesis.reference.distance * hypothesis.reference.angular_radius
         # A product of rotations in single precision is one to six digits.
         turn = Rotation.from_matrix(pose.R[0].double().cpu().numpy()).as_matrix()
         R = unroll @ turn @ hypothesis.R_view
-        return R, unroll @ np.array([x, y, z]) * unit
+        return R, unroll @ np.array([x, y, z]) * hypothesis.reference.radius
 
     def _view(self, rgba: NDArray[np.uint8], rho: float) -> Views:
         size = self.network.config.crop_size

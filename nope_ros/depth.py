@@ -102,7 +102,7 @@ def reference_depth(frame: Frame, crop: Crop, reference: ReferencePose) -> NDArr
     surface = measured_surface(frame, crop)
     if surface is None or not reference.metric:
         return None
-    z = (surface[..., 2] - reference.distance) / (reference.distance * reference.angular_radius)
+    z = (surface[..., 2] - reference.distance) / reference.radius
     if abs(float(np.nanmedian(z))) > 1:
         return None
     return z.astype(np.float16)

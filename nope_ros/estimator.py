@@ -21,7 +21,7 @@ from nope_ros.frame import Camera, Frame, InputError
 from nope_ros.latent import Predictor, RotatedLatentPredictor, load_predictor
 from nope_ros.match import Bank, HarmonicBank, ViewsBank, common_latents, predict_bank
 from nope_ros.mesh import Progress, RenderedViews, read_mesh, render_views, view_rotations
-from nope_ros.pose import PoseEstimate, ReferencePose, Sides, pose_estimate
+from nope_ros.pose import PoseEstimate, ReferencePose, Sides, check_lengths, pose_estimate
 from nope_ros.prior import Hypotheses, Prior, constrained, free_rotations, hypotheses, resolve, upright_rotations
 from nope_ros.refine import DEFAULT_REFINEMENT, Query, Refinement, Refiner, Step, load_refiner, moved, steps
 from nope_ros.settle import Settling
@@ -147,7 +147,7 @@ class RegisteredObject:
             return self.rendered
         return None if self.keyframes is None else self.keyframes.sides
 
-    def turned(self, delta_R: Array, query: Query) -> float:
+    def angle_from_known(self, delta_R: Array, query: Query) -> float:
         """Angle between the direction of view of a query and the nearest from which the object is known, radians.
 
         Arguments as of ``reference_at``.
@@ -234,7 +234,7 @@ class RegisteredObject:
             similarity,
             prior,
             query.frame,
-            turned=self.turned(distribution.mode.R, query),
+            turned=self.angle_from_known(distribution.mode.R, query),
         )
 
 
@@ -390,9 +390,7 @@ class PoseEstimator:
             batch_size=self.batch_size,
             depth=reference_depth(frame, crop, reference),
         )
-        _ = registered.template_count  # predicts the bank that queries will ask for first
-        self._last = registered
-        return registered
+        return self._ready(registered)
 
     def register_mesh(
         self,
@@ -444,9 +442,7 @@ class PoseEstimator:
             batch_size=self.batch_size,
             rendered=views,
         )
-        _ = registered.template_count
-        self._last = registered
-        return registered
+        return self._ready(registered)
 
     def register_views(
         self,
@@ -509,7 +505,7 @@ class PoseEstimator:
         )
         reference, scale = _reference_of(plan, poses_metric, reference_distance, object_diameter)
         if plan.t_camera_object is None:  # where the hull's unit is the radius
-            unit = reference.distance * reference.angular_radius
+            unit = reference.radius
         else:
             unit = float(np.linalg.norm(reference.t_camera_object) / np.linalg.norm(plan.t_camera_object))
         seen = plan.keyframes.sides
@@ -539,7 +535,11 @@ class PoseEstimator:
             keyframes=chosen,
         )
         report("predicting templates")
-        _ = registered.template_count
+        return self._ready(registered)
+
+    def _ready(self, registered: RegisteredObject) -> RegisteredObject:
+        """With the templates that queries will ask for first; from now on the default of ``estimate``."""
+        _ = registered.first_bank
         self._last = registered
         return registered
 
@@ -643,9 +643,7 @@ def _reference_of(
     plan: Plan, poses_metric: bool, reference_distance: float | None, object_diameter: float | None
 ) -> tuple[ReferencePose, Scale]:
     """The object in the first keyframe, and what made its lengths metres."""
-    for name, value in (("reference_distance", reference_distance), ("object_diameter", object_diameter)):
-        if value is not None and not (np.isfinite(value) and value > 0):
-            raise InputError(f"{name}: {value} m is not a positive length; leave it out if it is unknown")
+    check_lengths(reference_distance=reference_distance, object_diameter=object_diameter)
     crop = plan.views[0].crop
     axis = crop.R_virtual_camera[2]
     t, radius = plan.t_camera_object, plan.radius

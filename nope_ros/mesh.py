@@ -22,7 +22,7 @@ from nope_ros.crop import Crop, depth_through, virtual_crop
 from nope_ros.frame import Frame, InputError
 from nope_ros.latent import Predictor, RotatedLatentPredictor
 from nope_ros.match import TemplateBank
-from nope_ros.pose import Sides
+from nope_ros.pose import Sides, check_lengths
 from nope_ros.rotations import icosphere, look_at, turn_to
 
 if TYPE_CHECKING:  # needs numba and trimesh, which whoever has no mesh can do without
@@ -108,8 +108,7 @@ def read_mesh(path: str | Path, *, object_diameter: float | None = None) -> Mesh
         raise InputError(f"mesh_file: {file} has {len(mesh.faces)} faces, at most {_MOST_FACES} are taken; simplify it")
     diameter = 2 * mesh.normalised()[1]
     if object_diameter is not None:
-        if not (np.isfinite(object_diameter) and object_diameter > 0):
-            raise InputError(f"object_diameter: {object_diameter} m is not a positive length; leave it out")
+        check_lengths(object_diameter=object_diameter)
         return replace(mesh, vertices=mesh.vertices * np.float32(object_diameter / diameter))
     if not _SMALLEST <= diameter <= _LARGEST:
         raise InputError(

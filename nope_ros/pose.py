@@ -196,6 +196,11 @@ class ReferencePose:
     offset_object: Array
     metric: bool
 
+    @property
+    def radius(self) -> float:
+        """Of the circle around the object at its distance, in the unit of lengths."""
+        return self.distance * self.angular_radius
+
     @classmethod
     def from_crop(
         cls,
@@ -215,9 +220,7 @@ class ReferencePose:
         Raises:
             InputError: if a length is not positive, or the pose is not a rotation or lies behind the camera.
         """
-        for name, value in (("reference_distance", reference_distance), ("object_diameter", object_diameter)):
-            if value is not None and not (np.isfinite(value) and value > 0):
-                raise InputError(f"{name}: {value} m is not a positive length; leave it out if it is unknown")
+        check_lengths(reference_distance=reference_distance, object_diameter=object_diameter)
         R = np.eye(3) if R_camera_object is None else np.asarray(R_camera_object, dtype=np.float64)
         if R.shape != (3, 3) or not np.allclose(R @ R.T, np.eye(3), atol=1e-4) or np.linalg.det(R) < 0:
             raise InputError("reference pose: R_camera_object is not a rotation matrix")
@@ -239,6 +242,13 @@ class ReferencePose:
         centre = distance * axis
         origin = centre if t_camera_object is None else np.asarray(t_camera_object, dtype=np.float64)
         return cls(R, origin, distance, crop.angular_radius, crop.filled, R.T @ (origin - centre), metric)
+
+
+def check_lengths(**lengths: float | None) -> None:
+    """Raises InputError, naming the length, if one that is given is not positive."""
+    for name, value in lengths.items():
+        if value is not None and not (np.isfinite(value) and value > 0):
+            raise InputError(f"{name}: {value} m is not a positive length; leave it out if it is unknown")
 
 
 def distance_from_depth(frame: Frame, crop: Crop) -> float:
@@ -276,7 +286,7 @@ def projective_distance(reference: ReferencePose, crop: Crop) -> float:
     Angles instead of pixels, so both cameras' intrinsics are in it; a circle instead of a box's diagonal, because a box
     changes with in-plane rotation.
     """
-    return reference.distance * reference.angular_radius / crop.angular_radius
+    return reference.radius / crop.angular_radius
 
 
 def outline_sigma(reference: ReferencePose, crop: Crop, turned: float) -> float:
@@ -329,9 +339,8 @@ def pose_estimate(
     sigma_distance = distance * outline_sigma(reference, crop, turned)
     surface = surface_distance(frame, crop) if reference.metric else None
     if surface is not None:
-        radius = reference.distance * reference.angular_radius
-        weights = np.array([sigma_distance, _BEHIND_SIGMA * radius]) ** -2.0
-        distance = float(weights @ [distance, surface + _BEHIND * radius] / weights.sum())
+        weights = np.array([sigma_distance, _BEHIND_SIGMA * reference.radius]) ** -2.0
+        distance = float(weights @ [distance, surface + _BEHIND * reference.radius] / weights.sum())
         sigma_distance = weights.sum() ** -0.5
     sigma_centre = distance * crop.angular_radius * np.hypot(_CENTRE_SIGMA * _misled(turned), _blur(crop))
     along = np.outer(axis, axis)

@@ -113,7 +113,7 @@ class Settling:
         found = estimate.delta_modes
         modes = (replace(found[0], R=delta_R), *found[1:])
         centre = slid.t - slid.R @ reference.offset_object
-        radius = reference.distance * reference.angular_radius
+        radius = reference.radius
         # What the estimate knew is sharpened by what the surfaces say; where they leave a turn open, it stays as wide.
         before = np.zeros((6, 6))
         least = 1e-6 * np.eye(3)  # what a prior excludes has no spread
@@ -155,4 +155,4 @@ def model_of(registered: RegisteredObject, R_virtual_object: Array) -> Model | N
         # From the camera to the circle's centre, and on to the object's origin.
         points = np.concatenate([points, (surface[known] - [0.0, 0.0, seen.distance]) @ R - seen.offset_object])
         normals = np.concatenate([normals, normal[known] @ R])
-    return Model(points, normals, reference.distance * reference.angular_radius) if len(points) else None
+    return Model(points, normals, reference.radius) if len(points) else None

@@ -224,7 +224,7 @@ class Tracker:
             return estimate
         best = Mode(belief.answer, estimate.modes[0].probability)
         # Of another mode they say nothing, and the less the less of the known side is seen.
-        nearness = max(np.cos(registered.turned(best.R, query)), 0.0)
+        nearness = max(np.cos(registered.angle_from_known(best.R, query)), 0.0)
         weight = best.probability * nearness**2 / _MATCHES_SPREAD**2
         earlier, now = belief.matched, replace(measured, covariance=measured.covariance / max(weight, _NEGLIGIBLE))
         if earlier is None or geodesic_distance(earlier.R, best.R) > _MATCHES_REACH:

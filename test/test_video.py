@@ -98,7 +98,7 @@ def test_the_frame_of_a_walk_is_where_the_rays_meet_with_z_up_and_the_first_came
     assert abs(np.degrees(np.arctan2(towards[1], towards[0]))) < 0.1
     assert keyframes.names[0] == "frame 0"
     assert registered.reference.distance == pytest.approx(6.0, abs=0.2)
-    assert 0.5 < registered.reference.distance * registered.reference.angular_radius < 1.1
+    assert 0.5 < registered.reference.radius < 1.1
 
 
 def test_matches_with_the_nearest_keyframe_make_rotations_finer(estimator, registered):
