@@ -75,16 +75,66 @@ _NEGLIGIBLE, _MOST_MOVED = 1e-5, 400
 
 
 @dataclass(frozen=True)
+class _Camera:
+    """How a frame was seen: R_fixed_camera (3, 3), None if it is not known, and R_virtual_camera (3, 3) of the crop."""
+
+    R_fixed_camera: Array | None
+    R_virtual_camera: Array
+
+
+@dataclass(frozen=True)
+class Passage:
+    """What came to pass between a frame and a later one.
+
+    Attributes:
+        motion: (3, 3) from the camera's axes then to those now; as if it stood still where that is not known.
+        turn: (3, 3) the same between the virtual cameras.
+        seconds: between the frames.
+        known: whether the camera's motion is.
+    """
+
+    motion: Array
+    turn: Array
+    seconds: float
+    known: bool
+
+    @classmethod
+    def between(cls, before: _Camera, now: _Camera, seconds: float) -> Passage:
+        """From one camera to the next, so many seconds later."""
+        motion, known = np.eye(3), False
+        if before.R_fixed_camera is not None and now.R_fixed_camera is not None:
+            motion, known = now.R_fixed_camera.T @ before.R_fixed_camera, True
+        else:  # a fast camera turns far between frames, and nobody tells how far
+            seconds = max(seconds, _FRAME_TIME)
+        return cls(motion, now.R_virtual_camera @ motion @ before.R_virtual_camera.T, seconds, known)
+
+    @property
+    def around(self) -> float:
+        """How far the camera went around what it looks at, radians; zero if that is not known.
+
+        Panning past an object, or rolling, is no other view of it.
+        """
+        return float(np.arccos(np.clip(self.turn[2, 2], -1, 1))) if self.known else 0.0
+
+    def weights(self, independent: float) -> tuple[float, float]:
+        """By how much belief fades, and what the frame is worth.
+
+        Views ``independent`` radians apart err independently (``ErrorModel``).
+        """
+        fading = 1 - float(np.exp(-self.seconds / (_FADING_FIXED if self.known else _FADING_FREE)))
+        return fading, fading + min(self.around / independent, 1.0)
+
+
+@dataclass(frozen=True)
 class _Grid:
     """Probabilities (N,) of rotations delta_R (N, 3, 3), as they were when belief was last moved (or begun).
 
-    ``R_fixed_camera`` and ``R_virtual_camera`` (3, 3) are of that moment too.
+    ``camera`` is of that moment too.
     """
 
     rotations: Array
     probabilities: Array
-    R_fixed_camera: Array | None
-    R_virtual_camera: Array
+    camera: _Camera
 
 
 @dataclass(frozen=True)
@@ -96,8 +146,7 @@ class _Belief:
         prior: of the frame.
         told: harmonics (Σ(2l+1)²,) of the log-likelihood of all frames, between the virtual cameras; or the grid.
         answer: the delta_R (3, 3) that was given.
-        R_fixed_camera: (3, 3) of the frame, or None.
-        R_virtual_camera: (3, 3) of the frame's crop.
+        camera: of the frame.
         stamp: seconds, or None.
         matched: what matches of earlier frames, and since ``Tracker.refined`` of this one, say; None if nothing.
         worth: what a measurement of this frame counts beside it.
@@ -107,11 +156,14 @@ class _Belief:
     prior: Prior
     told: Tensor | _Grid
     answer: Array
-    R_fixed_camera: Array | None
-    R_virtual_camera: Array
+    camera: _Camera
     stamp: float | None
     matched: Measured | None
     worth: float
+
+    def seconds_until(self, stamp: float | None) -> float:
+        """Until a frame with this stamp; without stamps, frames are at even steps."""
+        return _FRAME_TIME if self.stamp is None or stamp is None else stamp - self.stamp
 
 
 class Tracker:
@@ -158,57 +210,50 @@ class Tracker:
             R_fixed_camera: (3, 3) the camera's orientation in a frame that the object does not move in, such as odom;
                 None if it is not known.
         """
-        alone = estimate.distribution
+        alone, camera = estimate.distribution, _Camera(R_fixed_camera, query.crop.R_virtual_camera)
         told: Tensor | _Grid | None = registered.harmonics(query, estimate.prior)
         if told is None:
-            told = _Grid(alone.rotations, alone.probabilities, R_fixed_camera, query.crop.R_virtual_camera)
-        before = self._beliefs.get(registered.object_id)
-        seconds = _FRAME_TIME
-        if before is not None and before.stamp is not None and stamp is not None:
-            seconds = stamp - before.stamp
+            told = _Grid(alone.rotations, alone.probabilities, camera)
         modes, pose = alone.modes, estimate
         matched, worth = None, 1.0
-        if (
-            before is not None
-            and before.registered is registered
-            and before.prior == estimate.prior
-            and 0 <= seconds <= _LONGEST_GAP
-        ):
-            motion = _motion(before.R_fixed_camera, R_fixed_camera)
-            known = R_fixed_camera is not None and before.R_fixed_camera is not None
-            if not known:  # a fast camera turns far between frames, and nobody tells how far
-                seconds = max(seconds, _FRAME_TIME)
-            independent = float(np.radians(registered.predictor.errors.independent_deg))
-            turn = query.crop.R_virtual_camera @ motion @ before.R_virtual_camera.T
-            if known and before.matched is not None:
-                fading, worth = _weights(seconds, known, _around(turn), float(_MATCHES_INDEPENDENT))
+        before = self._before(registered, estimate.prior, stamp)
+        if before is not None:
+            passage = Passage.between(before.camera, camera, before.seconds_until(stamp))
+            motion = passage.motion
+            if passage.known and before.matched is not None:
+                fading, worth = passage.weights(float(_MATCHES_INDEPENDENT))
                 covariance = motion @ before.matched.covariance @ motion.T / (1 - fading)
                 matched = Measured(motion @ before.matched.R, covariance)
             if isinstance(told, Tensor):
                 assert isinstance(before.told, Tensor)  # of the same object
-                told, fused = _summed(before.told, told, turn, estimate, query, registered, seconds, known, independent)
+                told, fused = _summed(before.told, told, passage, query, registered, estimate)
+                nearest, *others = _faithful(fused.modes, motion @ before.answer)
+                modes = (_sharp(nearest, told, query, registered, estimate.prior), *others)
             else:
                 assert isinstance(before.told, _Grid)
-                told, fused = _multiplied(before.told, told, alone, seconds, known, independent)
-            modes = _faithful(fused.modes, motion @ before.answer)
-            if isinstance(told, Tensor):
-                modes = (_sharp(modes[0], told, query, registered, estimate.prior), *modes[1:])
+                told, fused = _multiplied(before.told, told, passage.seconds, _independent(registered), alone)
+                modes = _faithful(fused.modes, motion @ before.answer)
             pose = registered.pose_in(query, fused, estimate.similarity, estimate.prior)
             found = Refined("tracking", modes, rotation_covariance(fused, modes[0].R))
-            reference = registered.reference_at(fused.mode.R, query)
-            pose = moved(pose, found, reference)
+            pose = moved(pose, found, registered.reference_at(fused.mode.R, query))
         self._beliefs[registered.object_id] = _Belief(
             registered=registered,
             prior=estimate.prior,
             told=told,
             answer=modes[0].R,
-            R_fixed_camera=R_fixed_camera,
-            R_virtual_camera=query.crop.R_virtual_camera,
+            camera=camera,
             stamp=stamp,
             matched=matched,
             worth=worth,
         )
         return pose
+
+    def _before(self, registered: RegisteredObject, prior: Prior, stamp: float | None) -> _Belief | None:
+        """What is believed of an object; None if nothing is, or if a frame with this prior and stamp starts anew."""
+        before = self._beliefs.get(registered.object_id)
+        if before is None or before.registered is not registered or before.prior != prior:
+            return None
+        return before if 0 <= before.seconds_until(stamp) <= _LONGEST_GAP else None
 
     def refined(self, query: Query, registered: RegisteredObject, estimate: PoseEstimate) -> PoseEstimate:
         """The refined pose of a frame, with what refiners measured in those before it.
@@ -239,23 +284,6 @@ class Tracker:
         return moved(estimate, Refined("offsets", modes, covariance), estimate.reference)
 
 
-def _weights(seconds: float, known: bool, around: float, independent: float) -> tuple[float, float]:
-    """By how much belief fades, and what a frame is worth that looks from ``around`` radians further on.
-
-    Views ``independent`` radians apart err independently (``ErrorModel``).
-    """
-    fading = 1 - float(np.exp(-seconds / (_FADING_FIXED if known else _FADING_FREE)))
-    return fading, fading + min(around / independent, 1.0)
-
-
-def _around(turn: Array) -> float:
-    """How far a turn (3, 3) between virtual cameras goes around what they look at, radians.
-
-    Panning past an object, or rolling, is no other view of it.
-    """
-    return float(np.arccos(np.clip(turn[2, 2], -1, 1)))
-
-
 def frontal(cosines: Array, probabilities: Array) -> float:
     """How much of the reference's own side a frame sees: mean squared cosine of the angle between directions of view.
 
@@ -271,42 +299,41 @@ def news(front: float) -> float:
     return 1 + (_NEWS_OF_FRONT - 1) * front
 
 
-def added(before: Tensor, now: Tensor, turn: Array, seconds: float, known: bool, independent: float) -> Tensor:
+def added(before: Tensor, now: Tensor, passage: Passage, independent: float) -> Tensor:
     """Harmonics (Σ(2l+1)²,) of belief after a frame.
 
     Args:
         before: of belief until then.
         now: of this frame's log-likelihood.
-        turn: (3, 3) from that frame's virtual camera to this one's.
-        seconds: between them.
-        known: whether the camera's motion is.
+        passage: from that frame to this one.
         independent: how far apart views are that err independently, radians; ``news`` times less for this frame.
     """
-    carried = turn_harmonics(before, torch.from_numpy(turn))
-    around = _around(turn) if known else 0.0
-    if not known:
-        carried = blur_harmonics(carried, _WANDERING * float(np.sqrt(seconds)))
-    fading, worth = _weights(seconds, known, around, independent)
+    carried = turn_harmonics(before, torch.from_numpy(passage.turn))
+    if not passage.known:
+        carried = blur_harmonics(carried, _WANDERING * float(np.sqrt(passage.seconds)))
+    fading, worth = passage.weights(independent)
     return (1 - fading) * carried + worth * now
+
+
+def _independent(registered: RegisteredObject) -> float:
+    """How far apart views are that err independently, radians."""
+    return float(np.radians(registered.predictor.errors.independent_deg))
 
 
 def _summed(
     before: Tensor,
     now: Tensor,
-    turn: Array,
-    estimate: PoseEstimate,
+    passage: Passage,
     query: Query,
     registered: RegisteredObject,
-    seconds: float,
-    known: bool,
-    independent: float,
+    estimate: PoseEstimate,
 ) -> tuple[Tensor, RotationDistribution]:
     """Harmonics of belief after a frame, and what they say; ``estimate`` is of it alone, the rest as of ``added``."""
     alone, front = estimate.distribution, 0.0
-    if known:
+    if passage.known:
         cosines = alone.rotations @ registered.R_virtual_camera[2] @ query.crop.R_virtual_camera[2]
         front = frontal(cosines, alone.probabilities)
-    told = added(before, now, turn, seconds, known, independent / news(front))
+    told = added(before, now, passage, _independent(registered) / news(front))
     fused = registered.distribution_of(told, query, estimate.prior)
     # And a frame that surely sees the reference's side, and is surer than all before it, needs no memory.
     return (now, alone) if front > _FRONT and alone.entropy < fused.entropy else (told, fused)
@@ -322,16 +349,19 @@ def _sharp(mode: Mode, told: Tensor, query: Query, registered: RegisteredObject,
 
 
 def _multiplied(
-    before: _Grid, now: _Grid, alone: RotationDistribution, seconds: float, known: bool, independent: float
+    before: _Grid, now: _Grid, seconds: float, independent: float, alone: RotationDistribution
 ) -> tuple[_Grid, RotationDistribution]:
-    """The same on a grid: what to carry on, and what it says."""
-    carried, around = _carried(before, now, alone, seconds, known)
-    anchor = now
-    if carried is None:
-        carried, anchor = before.probabilities, before
+    """The same on a grid: what to carry on, and what it says; ``seconds`` since the last frame."""
+    passage = Passage.between(before.camera, now.camera, seconds)  # since belief was moved, which may be longer ago
+    if passage.known and geodesic_distance(passage.turn, np.eye(3)) < _UNMOVED * alone.spacing:
+        # Belief stays with the rotations of the same index: sharing among neighbours blurs.
+        anchor, carried = before, before.probabilities
+        passage = replace(passage, turn=np.eye(3))
+    else:
+        anchor, carried = now, _carried(before, passage, alone)
     lost = 1 - np.exp(-seconds / _SURPRISE)
     believed = (1 - lost) * carried + lost * alone.prior_probabilities
-    fading, worth = _weights(seconds, known, around, independent)
+    fading, worth = passage.weights(independent)
     allowed = alone.prior_probabilities > 0
     likelihood = np.log(np.maximum(alone.probabilities, 1e-300)) - np.log(
         np.where(allowed, alone.prior_probabilities, np.inf)
@@ -344,38 +374,22 @@ def _multiplied(
     return replace(anchor, probabilities=fused.probabilities), fused
 
 
-def _carried(
-    before: _Grid, now: _Grid, alone: RotationDistribution, seconds: float, known: bool
-) -> tuple[Array | None, float]:
-    """Belief (N,) on this frame's rotations, and by how much the camera went around the object, radians.
-
-    None in place of belief if next to nothing moved, so that it can stay with the rotations of the same index: sharing
-    among neighbours blurs.
-    """
-    motion, around = _motion(before.R_fixed_camera, now.R_fixed_camera), 0.0
-    if not known:
-        width = float(np.hypot(_BLUR * alone.spacing, _WANDERING * np.sqrt(seconds)))
-    else:
-        seen = now.R_virtual_camera @ motion @ before.R_virtual_camera.T
-        if geodesic_distance(seen, np.eye(3)) < _UNMOVED * alone.spacing:
-            return None, 0.0
-        around = _around(seen)
-        width = _BLUR * alone.spacing
+def _carried(before: _Grid, passage: Passage, alone: RotationDistribution) -> Array:
+    """Belief (N,) on the rotations of this frame, of which ``alone`` is."""
+    width = _BLUR * alone.spacing
+    if not passage.known:
+        width = float(np.hypot(width, _WANDERING * np.sqrt(passage.seconds)))
     kept = np.argsort(-before.probabilities)[:_MOST_MOVED]
     kept = kept[before.probabilities[kept] > _NEGLIGIBLE]
-    cosine = ((motion @ before.rotations[kept]).reshape(-1, 9) @ alone.rotations.reshape(-1, 9).T - 1) / 2
+    cosine = ((passage.motion @ before.rotations[kept]).reshape(-1, 9) @ alone.rotations.reshape(-1, 9).T - 1) / 2
     angle = np.arccos(np.clip(cosine, -1, 1))
     share = np.exp(-0.5 * (angle / width) ** 2) * (alone.prior_probabilities > 0)
     total = share.sum(axis=1, keepdims=True)
     reached = total[:, 0] > 1e-12  # the others went where this frame's prior allows nothing
     carried = (before.probabilities[kept][reached, None] * share[reached] / total[reached]).sum(axis=0)
     rest = max(1.0 - float(carried.sum()), 0.0)
-    return carried + rest * alone.prior_probabilities, around
-
-
-def _motion(R_fixed_before: Array | None, R_fixed_now: Array | None) -> Array:
-    """From the camera's axes then to those now (3, 3); as if it stood still where that is not known."""
-    return np.eye(3) if R_fixed_before is None or R_fixed_now is None else R_fixed_now.T @ R_fixed_before
+    moved_on: Array = carried + rest * alone.prior_probabilities
+    return moved_on
 
 
 def _faithful(modes: tuple[Mode, ...], expected: Array) -> tuple[Mode, ...]:

@@ -43,7 +43,7 @@ from nope_ros.latent import (
 from nope_ros.match import Bank, HarmonicBank, predict_bank
 from nope_ros.prior import FREEDOM, PRIORS, Prior, elevation, hypotheses
 from nope_ros.rotations import log
-from nope_ros.tracking import added, frontal, news
+from nope_ros.tracking import Passage, added, frontal, news
 from nope_ros.training.augment import AugmentationConfig, training_view
 from nope_ros.training.pairs import DataConfig, RenderCache
 
@@ -295,10 +295,11 @@ def fit_independence(
                 told = [now] * len(candidates)
                 continue
             turn = rotations[number] @ rotations[number - 1].T
+            passage = Passage(turn, turn, _STEP_SECONDS, known=True)
             alone = RotationDistribution.from_log_likelihood(possible.rotations, bank.log_likelihood(now))
             more = news(frontal(possible.rotations[:, 2, 2], alone.probabilities))
             told = [
-                added(before, now, turn, _STEP_SECONDS, True, float(np.radians(angle)) / more)
+                added(before, now, passage, float(np.radians(angle)) / more)
                 for before, angle in zip(told, candidates, strict=True)
             ]
             delta_R = rotations[number] @ rotations[0].T
