@@ -15,26 +15,24 @@ its origin where the views' central rays meet, z up, and the first keyframe at z
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Literal
 
 import cv2
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from scipy.special import logsumexp
 from torch import Tensor
 
+from nope_ros.averaging import average_rotations
 from nope_ros.crop import Crop, roll_of_gravity, virtual_crop
 from nope_ros.frame import Frame, InputError
-from nope_ros.harmonics import rotate, wigner_d
 from nope_ros.latent import Predictor, RotatedLatentPredictor
-from nope_ros.match import Turns, ViewsBank, free_turns, view_weights
-from nope_ros.models.rotated_latent import correlation
+from nope_ros.match import ViewsBank
 from nope_ros.pose import Sides, distance_from_depth
-from nope_ros.prior import free_rotations, standing_rotations
-from nope_ros.rotations import exp, geodesic_distance, icosphere, turn_to
+from nope_ros.prior import free_rotations
+from nope_ros.rotations import exp, geodesic_distance, icosphere
 
 Array = NDArray[np.float64]
 Pose = tuple[Array, Array]
@@ -59,23 +57,8 @@ _NEAR = np.radians(35.0)
 _OFF_CENTRE = 0.5
 # Views whose relative rotations are estimated where no camera poses are given: the number of pairs grows by its square.
 _GRAPH = 32
-_CLOSED = np.radians(20.0)
-"""A view that others see this far from where it stands is moved there at once; nearer by small steps."""
-_SEEN_BY_BOTH = np.radians(45.0)
-"""Between viewing directions up to here, most of what one view sees the other sees too."""
-_FEWEST_EDGES = 4
-"""Nearest views that each one is held against in any case."""
-_BEGINNINGS = 3
-_ASKED_AGAIN = (4, 8, 12, 16, 24)
-"""Numbers of placed views at which all of them are asked again."""
-_SWEEPS = 4
-_ALIKE = 0.3
-"""Of the largest product with a placed view, against the margin in log-probability: views from near by come first."""
-_OUTLIER = np.radians(30.0)
 HULL_DIRECTIONS = icosphere(2)
 """Object frame, (162, 3): where a hull's radius is known."""
-_STEP = np.radians(25.0)
-"""Standard deviation of the turn between one view of a walk and the next, of those that are compared."""
 
 
 @dataclass(frozen=True)
@@ -330,43 +313,9 @@ def plan_keyframes(
         InputError: if fewer than three frames are left, with the most frequent reason; or if all look from one side.
     """
     check_count(count)
-    refused = list(walk.refused)
-    views = list(walk.views)
-    posed = [view for view in views if view.pose is not None]
-    if len(posed) >= FEWEST:
-        refused += [Refusal(view.name, "no camera pose is known for it") for view in views if view.pose is None]
-        views = posed
-    given = len(posed) >= FEWEST
-    report("looking for blurred frames and wrong masks")
-    views = _without_outliers(views, refused, given)
-    _check_enough(views, refused, walk)
-    averaged: Averaged | None = None
-    origin, off_centre = np.zeros(3), None
-    if given:
-        rotations = np.stack([_pose(view)[0] for view in views])
-        views, rotations, origin, off_centre = _met(views, rotations, refused)
-        _check_enough(views, refused, walk)
-    else:
-        if not isinstance(predictor, RotatedLatentPredictor):
-            raise InputError(
-                f"poses: {predictor.name} can't tell camera motion from images alone; give camera poses (TF or a file)"
-            )
-        views = _spread_over_time(views, _GRAPH)
-        report(f"relative rotations of {len(views)} frames")
-        latents = encode([view.crop for view in views]).reshape(-1, *predictor.latent_shape)
-        averaged = average_rotations(
-            latents, [_gravity_virtual(view) for view in views], predictor.temperature, ordered=walk.ordered
-        )
-        R_virtual_camera = np.stack([view.crop.R_virtual_camera for view in views])
-        rotations = np.swapaxes(R_virtual_camera, 1, 2) @ averaged.rotations
-        kept = [index for index in range(len(views)) if averaged.agreeing[index] >= 0.25]
-        refused += [
-            Refusal(views[index].name, "its rotation relative to the others contradicts most of them")
-            for index in range(len(views))
-            if index not in kept
-        ]
-        views, rotations = [views[index] for index in kept], rotations[kept]
-        _check_enough(views, refused, walk)
+    given = sum(view.pose is not None for view in walk.views) >= FEWEST
+    oriented = _oriented_by_poses(walk, report) if given else _oriented_by_images(walk, encode, predictor, report)
+    views, rotations = list(oriented.views), oriented.rotations
     R_virtual = np.stack([view.crop.R_virtual_camera for view in views]) @ rotations  # of the fixed frame
     chosen = farthest(-R_virtual[:, 2], count, np.array([view.sharpness for view in views]))
     if len(chosen) < FEWEST:
@@ -394,7 +343,7 @@ def plan_keyframes(
     angular_radius = np.array([view.crop.angular_radius for view in views])
     translations = axes / angular_radius[:, None]
     if given:
-        translations = np.stack([_pose(view)[1] for view in views]) + rotations @ origin
+        translations = np.stack([_pose(view)[1] for view in views]) + rotations @ oriented.origin
         t = translations[0]
     distance = (axes * translations).sum(axis=1)
     if given:
@@ -406,11 +355,11 @@ def plan_keyframes(
         up=how,
         scale="poses" if given and poses_metric else "unknown",
         frames=len(walk),
-        refused=len(refused),
-        residual_deg=None if averaged is None else averaged.residual_deg,
-        edges=0 if averaged is None else averaged.edges,
-        outliers=0 if averaged is None else averaged.outliers,
-        off_centre=off_centre,
+        refused=len(oriented.refused),
+        residual_deg=oriented.residual_deg,
+        edges=oriented.edges,
+        outliers=oriented.outliers,
+        off_centre=oriented.off_centre,
         agreement=left.agreement,
     )
     keyframes = Keyframes(
@@ -421,10 +370,10 @@ def plan_keyframes(
         spread=left.spread,
         normalised=left.normalised,
         R_fixed_object=R_fixed_object,
-        t_fixed_object=origin,
+        t_fixed_object=oriented.origin,
         hull=hull,
         provenance=provenance,
-        refused=tuple(refused),
+        refused=oriented.refused,
         crops=np.stack([np.dstack([view.crop.image, view.crop.mask]) for view in views]),
         seen_at=hull_pixels(views, R_camera_object, translations, hull),
         distance=distance,
@@ -432,6 +381,80 @@ def plan_keyframes(
         offset_object=np.einsum("kji,kj->ki", R_camera_object, from_circle),
     )
     return Plan(keyframes, tuple(views), R_camera_object[0], t, radius, how != "image")
+
+
+@dataclass(frozen=True)
+class _Oriented:
+    """Views that can be used, with their rotations.
+
+    Attributes:
+        views: N of them, at least ``FEWEST``.
+        rotations: (N, 3, 3) R_camera_fixed.
+        refused: the walk's other frames.
+        origin: (3,) of the object in the fixed frame; zero where only rotations are known.
+        off_centre: as of ``Provenance``, as are the next three.
+        residual_deg: of estimated poses.
+        edges: likewise.
+        outliers: likewise.
+    """
+
+    views: tuple[View, ...]
+    rotations: Array
+    refused: tuple[Refusal, ...]
+    origin: Array = field(default_factory=lambda: np.zeros(3))
+    off_centre: float | None = None
+    residual_deg: float | None = None
+    edges: int = 0
+    outliers: int = 0
+
+
+def _oriented_by_poses(walk: Walk, report: Callable[[str], None]) -> _Oriented:
+    """The frame of the camera poses is the fixed frame; the object is where the central rays meet."""
+    posed = [view for view in walk.views if view.pose is not None]
+    unposed = [Refusal(view.name, "no camera pose is known for it") for view in walk.views if view.pose is None]
+    report("looking for blurred frames and wrong masks")
+    views, outliers = _without_outliers(posed, given=True)
+    refused = [*walk.refused, *unposed, *outliers]
+    _check_enough(views, refused, walk)
+    oriented = _met(views, refused)
+    _check_enough(oriented.views, oriented.refused, walk)
+    return oriented
+
+
+def _oriented_by_images(walk: Walk, encode: Encode, predictor: Predictor, report: Callable[[str], None]) -> _Oriented:
+    """Rotations from a common frame, made of what the images say about each pair of views."""
+    report("looking for blurred frames and wrong masks")
+    views, outliers = _without_outliers(walk.views, given=False)
+    refused = [*walk.refused, *outliers]
+    _check_enough(views, refused, walk)
+    if not isinstance(predictor, RotatedLatentPredictor):
+        raise InputError(
+            f"poses: {predictor.name} can't tell camera motion from images alone; give camera poses (TF or a file)"
+        )
+    views = _spread_over_time(views, _GRAPH)
+    report(f"relative rotations of {len(views)} frames")
+    latents = encode([view.crop for view in views]).reshape(-1, *predictor.latent_shape)
+    averaged = average_rotations(
+        latents, [_gravity_virtual(view) for view in views], predictor.temperature, ordered=walk.ordered
+    )
+    R_virtual_camera = np.stack([view.crop.R_virtual_camera for view in views])
+    rotations = np.swapaxes(R_virtual_camera, 1, 2) @ averaged.rotations
+    agrees = averaged.agreeing >= 0.25
+    refused += [
+        Refusal(view.name, "its rotation relative to the others contradicts most of them")
+        for view, good in zip(views, agrees, strict=True)
+        if not good
+    ]
+    views = [view for view, good in zip(views, agrees, strict=True) if good]
+    _check_enough(views, refused, walk)
+    return _Oriented(
+        tuple(views),
+        rotations[agrees],
+        tuple(refused),
+        residual_deg=averaged.residual_deg,
+        edges=averaged.edges,
+        outliers=averaged.outliers,
+    )
 
 
 def check_count(keyframes: int) -> None:
@@ -459,8 +482,13 @@ def _gravity_virtual(view: View) -> Array | None:
     return None if view.gravity_camera is None else view.crop.R_virtual_camera @ view.gravity_camera
 
 
-def _without_outliers(views: list[View], refused: list[Refusal], given: bool) -> list[View]:
-    """Views that are neither blurred nor of another size than those taken next to them, or from about there."""
+def _without_outliers(views: Sequence[View], given: bool) -> tuple[list[View], list[Refusal]]:
+    """Views that are neither blurred nor of another size than those taken next to them, or from about there; the rest.
+
+    Args:
+        views: all with a pose, if poses are given.
+        given: whether they are; views from about the same place then count as next to each other.
+    """
     count = len(views)
     order = np.arange(count)
     beside = near = np.abs(order[:, None] - order) <= _NEIGHBOURS
@@ -481,7 +509,7 @@ def _without_outliers(views: list[View], refused: list[Refusal], given: bool) ->
         size = size * np.linalg.norm(centres - middle, axis=1)
     beside, near = (one & ~np.eye(count, dtype=bool) for one in (beside, near))
     detail = np.array([view.sharpness for view in views])
-    kept = []
+    kept, refused = [], []
     for index, view in enumerate(views):
         if beside[index].sum() >= 3:
             usual = float(np.median(detail[beside[index]]))
@@ -497,7 +525,7 @@ def _without_outliers(views: list[View], refused: list[Refusal], given: bool) ->
                 )
                 continue
         kept.append(view)
-    return kept
+    return kept, refused
 
 
 def meeting_point(centres: Array, directions: Array) -> tuple[Array, Array]:
@@ -524,8 +552,9 @@ def meeting_point(centres: Array, directions: Array) -> tuple[Array, Array]:
     return point, distances
 
 
-def _met(views: list[View], rotations: Array, refused: list[Refusal]) -> tuple[list[View], Array, Array, float]:
-    """Views whose central ray meets those of the others, their rotations, the origin and the median miss (radii)."""
+def _met(views: Sequence[View], refused: Sequence[Refusal]) -> _Oriented:
+    """Those of views with poses whose central ray meets those of the others."""
+    rotations = np.stack([_pose(view)[0] for view in views])
     translations = np.stack([_pose(view)[1] for view in views])
     centres = -np.einsum("nji,nj->ni", rotations, translations)
     axes = np.stack([view.crop.R_virtual_camera[2] for view in views])
@@ -541,14 +570,17 @@ def _met(views: list[View], rotations: Array, refused: list[Refusal]) -> tuple[l
     # Poses that err by a few degrees move all rays: an outlier is one that errs more than the others do.
     limit = max(_OFF_CENTRE * radius, 3 * float(np.median(distances)))
     good = (distances < limit) & (along > 0)
-    for index in np.flatnonzero(~good):
-        off = distances[index] / radius
-        refused.append(Refusal(views[index].name, f"the mask is {off:.1f} radii away from where others see the object"))
-    return (
-        [views[index] for index in np.flatnonzero(good)],
+    strays = [
+        Refusal(view.name, f"the mask is {off:.1f} radii away from where others see the object")
+        for view, off, meets in zip(views, distances / radius, good, strict=True)
+        if not meets
+    ]
+    return _Oriented(
+        tuple(view for view, meets in zip(views, good, strict=True) if meets),
         rotations[good],
-        point,
-        float(np.median(distances) / radius),
+        (*refused, *strays),
+        origin=point,
+        off_centre=float(np.median(distances) / radius),
     )
 
 
@@ -745,267 +777,6 @@ def left_out(predictor: Predictor, latents: Tensor, R_virtual_object: Array) -> 
     best_normalised = max(_NORMALISED, key=lambda one: (hits[one], -min(cost[one])))
     factor = float(factors[int(np.argmin(cost[best_normalised]))])
     return LeftOut(factor, best_normalised, hits[best_normalised] / count)
-
-
-@dataclass(frozen=True)
-class Averaged:
-    """Rotations that agree with each other.
-
-    Attributes:
-        rotations: (N, 3, 3) from a common frame to each view's virtual camera.
-        agreeing: (N,) share of each view's relative rotations that agree with the result within 30°.
-        residual_deg: median angle between a relative rotation and the result, of those that agree.
-        edges: relative rotations used.
-        outliers: how many of those do not agree.
-    """
-
-    rotations: Array
-    agreeing: Array
-    residual_deg: float
-    edges: int
-    outliers: int
-
-
-def average_rotations(
-    latents: Tensor, gravity_virtual: Sequence[Array | None], temperature: float = 1.0, *, ordered: bool = False
-) -> Averaged:
-    """Rotations of views from what their latents say about each pair of them.
-
-    A pair's distribution has several modes, the right one often not the highest, and of views that look from far apart
-    it is wrong more often than right. So no pair is decided by itself. Views are placed one after another, the surest
-    first, each where those already placed explain it best together, the nearest most, as a query is against keyframes;
-    and from time to time those placed before are asked again. This is done from several beginnings, and what explains
-    itself best is kept. Views of a walk in order are moreover expected to differ little from the ones before and after.
-
-    Args:
-        latents: (N, (L+1)², C).
-        gravity_virtual: of each view; used where all have it, since only yaw is open then.
-        temperature: of the likelihood.
-        ordered: whether views are in the order of a walk; neighbours are then expected to differ little.
-    """
-    count = len(latents)
-    placing = _Placing.of(latents, gravity_virtual, temperature, ordered=ordered)
-    rotations = max((placing.from_pair(pair) for pair in placing.surest_pairs(_BEGINNINGS)), key=lambda one: one[1])[0]
-    edge = placing.edges()
-    angle = geodesic_distance(edge, rotations[:, None] @ np.swapaxes(rotations, -1, -2)[None])
-    # What a view says of one that looked from elsewhere is no evidence against either.
-    cosine = rotations[:, 2] @ rotations[:, 2].T - 2 * np.eye(count)
-    near = (cosine > np.cos(_SEEN_BY_BOTH)) | (
-        cosine >= -np.sort(-cosine, axis=1)[:, [min(_FEWEST_EDGES, count - 1) - 1]]
-    )
-    near |= near.T
-    agrees = angle < _OUTLIER
-    pairs = np.triu_indices(count, 1)
-    used = near[pairs]
-    agreeing = (agrees & near).sum(axis=1) / np.maximum(near.sum(axis=1), 1)
-    inliers = angle[pairs][used & agrees[pairs]]
-    residual = float(np.degrees(np.median(inliers))) if len(inliers) else 180.0
-    return Averaged(rotations, agreeing, residual, int(used.sum()), int((used & ~agrees[pairs]).sum()))
-
-
-@dataclass(frozen=True)
-class _Placing:
-    """Views to be placed in a common frame; arguments as of ``average_rotations``.
-
-    Attributes:
-        latents: (N, (L+1)², C), turned upright where gravity is known.
-        level: (N, 3, 3) from each virtual camera's axes to those of its latent.
-        grid: (G, 3, 3) what a view's rotation may be: any, or a turn about z.
-        turns: of the grid.
-        temperature: of the likelihood.
-        ordered: whether neighbours are expected to differ little.
-    """
-
-    latents: Tensor
-    level: Array
-    grid: Array
-    turns: Turns
-    temperature: float
-    ordered: bool
-
-    @classmethod
-    def of(
-        cls, latents: Tensor, gravity_virtual: Sequence[Array | None], temperature: float, *, ordered: bool
-    ) -> _Placing:
-        known = [one for one in gravity_virtual if one is not None]
-        latents = latents.float()
-        if len(known) < len(latents):
-            level = np.broadcast_to(np.eye(3), (len(latents), 3, 3))
-            turns = free_turns(_bandwidth(latents), latents.device)
-            return cls(latents, level, free_rotations(), turns, temperature, ordered)
-        # With z turned up in each, what remains between two views is a turn about z, the same 72 for all pairs.
-        level = np.stack([turn_to(-one) for one in known])
-        up = wigner_d(torch.tensor(level, dtype=torch.float32, device=latents.device), _bandwidth(latents))
-        grid = standing_rotations(_DOWN, _DOWN)
-        return cls(rotate(latents, up), level, grid, _turns(grid, latents), temperature, ordered)
-
-    def likelihoods(self, views: Sequence[int], turned: Tensor) -> Tensor:
-        """What latents (K, ...) in the common frame say of the grid's rotations of each of some views: (V, G, K)."""
-        both = [correlation(self.latents[view].expand(len(turned), -1, -1), turned) for view in views]
-        values = self.turns.values(torch.cat(both)) / self.temperature
-        return values.unflatten(1, (len(both), len(turned))).transpose(0, 1)
-
-    def surest_pairs(self, most: int) -> list[tuple[int, int]]:
-        """Pairs to begin with: alike, sure of their rotation, near in time; no view in two of them."""
-        count = len(self.latents)
-        value = np.full((count, count), -np.inf)
-        for i in range(1, count):
-            each = self.likelihoods([i], self.latents[:i])[0]
-            sure = each.max(dim=0).values + torch.log_softmax(each, dim=0).max(dim=0).values
-            value[i, :i] = sure.cpu().numpy()
-            if self.ordered:
-                value[i, :i] -= 0.5 * (np.arange(i, 0, -1) - 1.0) ** 2
-        found: list[tuple[int, int]] = []
-        while len(found) < most and np.isfinite(value).any():
-            i, j = (int(one) for one in np.unravel_index(np.argmax(value), value.shape))
-            found.append((i, j))
-            value[[i, j]] = -np.inf
-            value[:, [i, j]] = -np.inf
-        return found
-
-    def from_pair(self, pair: tuple[int, int]) -> tuple[Array, float]:
-        """Rotations (N, 3, 3) from the common frame to the virtual cameras, and how well they explain each other."""
-        count = len(self.latents)
-        state = _Placed(self)
-        state.put(pair[1], np.eye(3))
-        while len(state.views) < count:
-            outside = [view for view in range(count) if view not in state.views]
-            if self.ordered:  # little steps only: of half turns there is no telling over large ones
-                gaps = {view: min(abs(view - one) for one in state.views) for view in outside}
-                outside = [view for view in outside if gaps[view] == min(gaps.values())]
-            chances = {view: state.chances(view) for view in outside}
-            chosen = max(outside, key=lambda view: state.margin(view, chances[view]))
-            state.put(chosen, state.polished(chosen, self.grid[int(torch.argmax(chances[chosen]))]))
-            if len(state.views) in _ASKED_AGAIN:
-                state.ask_again()
-        for _ in range(_SWEEPS):
-            if not state.ask_again():
-                break
-        return np.stack([self.level[i].T @ state.R[i] for i in range(count)]), state.explained()
-
-    def edges(self) -> Array:
-        """The relative rotation (N, N, 3, 3), from j to i, that each pair alone believes in most."""
-        count = len(self.latents)
-        edge = np.broadcast_to(np.eye(3), (count, count, 3, 3)).copy()
-        for i in range(1, count):
-            each = self.likelihoods([i], self.latents[:i])[0].cpu().numpy()
-            best = self.grid[each.argmax(axis=0)]
-            edge[i, :i] = self.level[i].T @ best @ self.level[:i]
-            edge[:i, i] = np.swapaxes(edge[i, :i], -1, -2)
-        return edge
-
-
-class _Placed:
-    """Views of a ``_Placing`` that have their rotation in the common frame."""
-
-    def __init__(self, placing: _Placing) -> None:
-        self.placing = placing
-        count = len(placing.latents)
-        self.views: list[int] = []
-        self._near: Tensor | None = None
-        self.R = np.broadcast_to(np.eye(3), (count, 3, 3)).copy()
-        self.turned = torch.zeros_like(placing.latents)
-        self.says = torch.zeros(count, count, len(placing.grid), device=placing.latents.device)  # (of, by, grid)
-
-    def put(self, view: int, R: Array) -> None:
-        """Place a view, or move it."""
-        placing = self.placing
-        if view not in self.views:
-            self.views.append(view)
-        self.R[view] = R
-        self._near = None
-        back = torch.tensor(R.T[None].copy(), dtype=torch.float32, device=placing.latents.device)
-        self.turned[view] = rotate(placing.latents[view][None], wigner_d(back, _bandwidth(placing.latents)))[0]
-        everyone = range(len(placing.latents))
-        self.says[:, view] = placing.likelihoods(everyone, self.turned[view][None])[..., 0]
-
-    def chances(self, view: int) -> Tensor:
-        """Log-probabilities (G,) of a view's rotation on the grid, given the others that are placed."""
-        others = [one for one in self.views if one != view]
-        return torch.log_softmax(self._together(view, others, self.placing.grid, self.says[view, others].T), dim=0)
-
-    def _together(self, view: int, others: list[int], rotations: Array, says: Tensor) -> Tensor:
-        """As ``ViewsBank.fused``, of rotations (G, 3, 3) of which the others say (G, K)."""
-        placing = self.placing
-        weights = self._weights(view, others, rotations) + 1 / len(others)
-        normalised = says - torch.logsumexp(self.says[view, others], dim=1)
-        together = (weights * normalised).sum(dim=1)
-        if placing.ordered:
-            beside = [max((one for one in others if one < view), default=None)]
-            beside += [min((one for one in others if one > view), default=None)]
-            for one in beside:
-                if one is not None:
-                    # Between the cameras, not between the upright latents.
-                    R_camera = placing.level[view].T @ rotations
-                    angle = geodesic_distance(R_camera, placing.level[one].T @ self.R[one])
-                    prior = -0.5 * (angle / (_STEP * abs(view - one))) ** 2
-                    together = together + torch.tensor(prior, dtype=torch.float32, device=says.device)
-        return together
-
-    def _weights(self, view: int, others: list[int], rotations: Array) -> Tensor:
-        placing = self.placing
-        # Of a grid of all rotations they are the same for all views that are still to be placed.
-        same = len(others) == len(self.views) and len(rotations) == len(free_rotations())
-        if same and self._near is not None:
-            return self._near
-        views = np.stack([placing.level[one].T @ self.R[one] for one in others])
-        near = view_weights(placing.level[view].T @ rotations, views)
-        weights = torch.tensor(near, dtype=torch.float32, device=placing.latents.device)
-        self._near = weights if same else self._near
-        return weights
-
-    def margin(self, view: int, chances: Tensor) -> float:
-        """How much surer the best rotation of a view is than the best that differs from it, and how alike it is."""
-        best = int(torch.argmax(chances))
-        grid = self.placing.grid
-        other = torch.tensor(geodesic_distance(grid, grid[best]) > _OUTLIER, device=chances.device)
-        alike = float(self.says[view, self.views].max())
-        return float(chances[best] - chances[other].max()) + _ALIKE * alike
-
-    def polished(self, view: int, R: Array) -> Array:
-        """A rotation between those of the grid, by small steps."""
-        placing = self.placing
-        others = [one for one in self.views if one != view]
-        both = correlation(placing.latents[view].expand(len(others), -1, -1), self.turned[others])
-        z = np.array([[0.0, 0.0, 1.0]])
-        axes = np.concatenate([z, -z]) if len(placing.grid) < 100 else np.concatenate([np.eye(3), -np.eye(3)])
-        for step in np.radians([6.0, 3.0]):
-            for _ in range(2):
-                candidates = np.concatenate([R[None], exp(step * axes) @ R])
-                says = _turns(candidates, placing.latents).values(both) / placing.temperature
-                best = int(torch.argmax(self._together(view, others, candidates, says)))
-                if best == 0:
-                    break
-                R = candidates[best]
-        return R
-
-    def ask_again(self) -> bool:
-        """Move every placed view to where the others now see it; whether one went elsewhere."""
-        changed = False
-        for view in list(self.views):
-            best = self.placing.grid[int(torch.argmax(self.chances(view)))]
-            turned = float(geodesic_distance(best, self.R[view])) > _CLOSED
-            changed |= turned
-            self.put(view, self.polished(view, best if turned else self.R[view]))
-        return changed
-
-    def explained(self) -> float:
-        """Mean log-probability of the rotations that the views have, each given the others."""
-        grid = self.placing.grid.reshape(-1, 9)
-        return float(
-            np.mean([float(self.chances(view)[int(np.argmax(grid @ self.R[view].ravel()))]) for view in self.views])
-        )
-
-
-_DOWN = np.array([0.0, 0.0, -1.0])
-
-
-def _bandwidth(latents: Tensor) -> int:
-    return round(latents.shape[1] ** 0.5) - 1
-
-
-def _turns(rotations: Array, latents: Tensor) -> Turns:
-    return Turns.of(rotations, _bandwidth(latents), latents.device)
 
 
 def summary(keyframes: Keyframes) -> list[str]:

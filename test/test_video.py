@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
 from nope_ros import InputError, PoseEstimator
+from nope_ros.averaging import average_rotations
 from nope_ros.cli import main
 from nope_ros.commands.register import Trajectory, read_trajectory
 from nope_ros.evaluation.protocol import EvaluationObject, EvaluationSet, View
@@ -24,7 +25,7 @@ from nope_ros.rotations import exp, geodesic_distance, icosphere, look_at
 from nope_ros.store import ObjectStore
 from nope_ros.training.procedural import procedural_object
 from nope_ros.training.render import Lighting, render
-from nope_ros.video import Walk, average_rotations, farthest, left_out, meeting_point
+from nope_ros.video import Walk, farthest, left_out, meeting_point
 
 K = np.array([[400.0, 0, 159.5], [0, 400.0, 119.5], [0, 0, 1]])
 MESH = procedural_object(11).normalised()[0]
