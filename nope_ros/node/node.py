@@ -540,26 +540,9 @@ class NopeNode(LifecycleNode):
             elif stream is None:
                 raise InputError("no walk has been started; call with START, go round the object, then STOP")
             elif request.command == request.STOP:
-                use_threads(self._settings.threads)
-                try:
-                    registered = stream.register(session.estimator, partial(self._tell, stream))
-                    note = self._keep(registered, session, stream.overwrite)
-                except Exception:
-                    stream.go_on()  # minutes of walking are not thrown away
-                    raise
-                keyframes = registered.keyframes
-                assert keyframes is not None
-                self._stream = None
-                response.keyframes = len(keyframes.names)
-                told = summary(keyframes)[len(keyframes.refused) :]
-                response.message = f"Registered '{stream.object_id}': {'; '.join(told)}{note}"
-                self.get_logger().info(response.message)
-                self._tell(stream, "done")
+                response.keyframes, response.message = self._stop_stream(stream, session)
             elif request.command == request.CANCEL:
-                self._stream = None
-                stream.end()
-                self._tell(stream, "cancelled")
-                response.message = f"Forgot the walk round '{stream.object_id}'"
+                response.message = self._cancel_stream(stream)
             else:
                 raise InputError(f"command: {request.command} is unknown; 0 starts, 1 stops, 2 cancels")
         except (InputError, torch.cuda.OutOfMemoryError) as error:
@@ -591,6 +574,30 @@ class NopeNode(LifecycleNode):
         transforms = self._transforms if request.fixed_frame else None
         self._stream = StreamRegistration(request, session.estimator.predictor.crop_size, transforms)
         return f"Collecting frames of '{object_id}': go round it, then STOP"
+
+    def _stop_stream(self, stream: StreamRegistration, session: Session) -> tuple[int, str]:
+        """Register the object; how many keyframes it has, and what to answer."""
+        use_threads(self._settings.threads)
+        try:
+            registered = stream.register(session.estimator, partial(self._tell, stream))
+            note = self._keep(registered, session, stream.overwrite)
+        except Exception:
+            stream.go_on()  # minutes of walking are not thrown away
+            raise
+        keyframes = registered.keyframes
+        assert keyframes is not None
+        self._stream = None
+        told = summary(keyframes)[len(keyframes.refused) :]
+        message = f"Registered '{stream.object_id}': {'; '.join(told)}{note}"
+        self.get_logger().info(message)
+        self._tell(stream, "done")
+        return len(keyframes.names), message
+
+    def _cancel_stream(self, stream: StreamRegistration) -> str:
+        self._stream = None
+        stream.end()
+        self._tell(stream, "cancelled")
+        return f"Forgot the walk round '{stream.object_id}'"
 
     def _tell(self, stream: StreamRegistration, stage: str) -> None:
         publisher = self._outputs.get(topics.PROGRESS)
