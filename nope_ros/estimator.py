@@ -26,7 +26,7 @@ from nope_ros.prior import Hypotheses, Prior, constrained, free_rotations, hypot
 from nope_ros.refine import DEFAULT_REFINEMENT, Query, Refinement, Refiner, Step, load_refiner, moved, steps
 from nope_ros.settle import Settling
 from nope_ros.stopwatch import stage
-from nope_ros.video import KEYFRAMES, Keyframes, Plan, Pose, Scale, Walk, plan_keyframes
+from nope_ros.video import KEYFRAMES, Keyframes, Plan, Pose, Scale, Walk, plan_keyframes, radius_by_depth
 
 if TYPE_CHECKING:  # needs numba and trimesh, which whoever has no mesh can do without
     from nope_ros.training.mesh import Mesh
@@ -152,9 +152,15 @@ class RegisteredObject:
 
         Arguments as of ``reference_at``.
         """
-        known = self.R_virtual_object[None] if self.sides is None else self.sides.R
+        if self.sides is None:
+            return self._angle_from_first(delta_R, query)
         direction = (query.crop.R_virtual_camera @ delta_R @ self.reference.R_camera_object)[2]
-        return float(np.arccos(np.clip((known[:, 2] @ direction).max(), -1, 1)))
+        return float(np.arccos(np.clip((self.sides.R[:, 2] @ direction).max(), -1, 1)))
+
+    def _angle_from_first(self, delta_R: Array, query: Query) -> float:
+        """The same from the reference's direction of view alone."""
+        direction = (query.crop.R_virtual_camera @ delta_R @ self.reference.R_camera_object)[2]
+        return float(np.arccos(np.clip(self.R_virtual_object[2] @ direction, -1, 1)))
 
     @property
     def template_count(self) -> int:
@@ -223,18 +229,34 @@ class RegisteredObject:
         return self.egocentric(constrained(R_virtual, prior, self.gravity_virtual, query.gravity_virtual), query)
 
     def pose_in(
-        self, query: Query, distribution: RotationDistribution, similarity: float, prior: Prior
+        self,
+        query: Query,
+        distribution: RotationDistribution,
+        similarity: float,
+        prior: Prior,
+        seen: Array | None = None,
     ) -> PoseEstimate:
-        """The pose that a distribution of delta_R in camera axes means in a query."""
+        """The pose that a distribution of delta_R in camera axes means in a query.
+
+        Args:
+            query: the frame.
+            distribution: of it, maybe of those before it too.
+            similarity: see ``PoseEstimate``.
+            prior: the one used.
+            seen: delta_R (3, 3) that says which side of the object is seen; None: that of the best mode.
+        """
+        if seen is None:
+            seen = distribution.mode.R
+        sized = self.keyframes is None or self.keyframes.sized
         return pose_estimate(
             self.object_id,
-            self.reference_at(distribution.mode.R, query),
+            self.reference_at(seen, query),
             query.crop,
             distribution,
             similarity,
             prior,
             query.frame,
-            turned=self.angle_from_known(distribution.mode.R, query),
+            turned=self.angle_from_known(seen, query) if sized else self._angle_from_first(seen, query),
         )
 
 
@@ -503,11 +525,8 @@ class PoseEstimator:
         plan = plan_keyframes(
             walk, self.encode, self.predictor, count=keyframes, poses_metric=poses_metric, report=report
         )
-        reference, scale = _reference_of(plan, poses_metric, reference_distance, object_diameter)
-        if plan.t_camera_object is None:  # where the hull's unit is the radius
-            unit = reference.radius
-        else:
-            unit = float(np.linalg.norm(reference.t_camera_object) / np.linalg.norm(plan.t_camera_object))
+        reference, scale = _reference_of(plan, reference_distance, object_diameter)
+        unit = float(np.linalg.norm(reference.t_camera_object) / np.linalg.norm(plan.t_camera_object))
         seen = plan.keyframes.sides
         assert seen is not None
         chosen = replace(
@@ -640,26 +659,23 @@ class PoseEstimator:
 
 
 def _reference_of(
-    plan: Plan, poses_metric: bool, reference_distance: float | None, object_diameter: float | None
+    plan: Plan, reference_distance: float | None, object_diameter: float | None
 ) -> tuple[ReferencePose, Scale]:
     """The object in the first keyframe, and what made its lengths metres."""
     check_lengths(reference_distance=reference_distance, object_diameter=object_diameter)
     crop = plan.views[0].crop
     axis = crop.R_virtual_camera[2]
     t, radius = plan.t_camera_object, plan.radius
-    if t is None or radius is None:  # rotations only: as from one image, the first distance is the unit
-        t, radius = axis, crop.angular_radius
     distance = float(axis @ t)
-    by_depth = [view.distance * view.crop.angular_radius for view in plan.views if view.distance is not None]
     factor, scale = 1.0, plan.keyframes.provenance.scale
-    if not (plan.t_camera_object is not None and poses_metric):
+    if scale != "poses":
         if reference_distance is not None:
             factor, scale = reference_distance / distance, "reference_distance"
         elif object_diameter is not None:
             factor, scale = object_diameter / (2 * radius), "object_diameter"
-        elif by_depth:
-            factor, scale = float(np.median(by_depth)) / radius, "depth"
-        elif plan.t_camera_object is not None:  # no metres: the first distance is the unit, as elsewhere
+        elif (by_depth := radius_by_depth(plan.views)) is not None:
+            factor, scale = by_depth / radius, "depth"
+        else:  # no metres: the first distance is the unit, as elsewhere
             factor = 1 / distance
     pose = ReferencePose(
         R_camera_object=plan.R_camera_object,

@@ -78,6 +78,7 @@ class PoseEstimate:
         stage: what the pose comes from. The distribution is that of the templates, its modes weighed anew where a
             refiner has compared them; refiners do not narrow it.
         matched: what matches alone say of the rotation, and how far they expect to err; None where none were asked.
+        tracked: whether earlier frames have a part in it.
     """
 
     object_id: str
@@ -94,6 +95,7 @@ class PoseEstimate:
     reference: ReferencePose
     stage: Stage = "template"
     matched: Measured | None = None
+    tracked: bool = False
 
     @property
     def centre(self) -> Array:
@@ -221,7 +223,8 @@ class ReferencePose:
             InputError: if a length is not positive, or the pose is not a rotation or lies behind the camera.
         """
         check_lengths(reference_distance=reference_distance, object_diameter=object_diameter)
-        R = np.eye(3) if R_camera_object is None else np.asarray(R_camera_object, dtype=np.float64)
+        # Copies: who gave them may go on to write into them.
+        R = np.eye(3) if R_camera_object is None else np.array(R_camera_object, dtype=np.float64)
         if R.shape != (3, 3) or not np.allclose(R @ R.T, np.eye(3), atol=1e-4) or np.linalg.det(R) < 0:
             raise InputError("reference pose: R_camera_object is not a rotation matrix")
         axis = crop.R_virtual_camera[2]  # the virtual camera's optical axis in camera axes
@@ -240,7 +243,7 @@ class ReferencePose:
         else:
             metric = False
         centre = distance * axis
-        origin = centre if t_camera_object is None else np.asarray(t_camera_object, dtype=np.float64)
+        origin = centre if t_camera_object is None else np.array(t_camera_object, dtype=np.float64)
         return cls(R, origin, distance, crop.angular_radius, crop.filled, R.T @ (origin - centre), metric)
 
 

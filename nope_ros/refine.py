@@ -183,9 +183,13 @@ def load_refiner(step: Step, predictor: Predictor) -> Refiner:
 
 
 def moved(estimate: PoseEstimate, refined: Refined, reference: ReferencePose) -> PoseEstimate:
-    """The estimate with a refiner's pose in place of its own, placed by ``reference``: a side of the object."""
-    # What the refiner left alone is taken back out of the pose.
-    centre = estimate.centre if refined.centre is None else refined.centre
+    """The estimate with a refiner's pose in place of its own, placed by ``reference``: a side of the object.
+
+    A refiner that says nothing of the centre leaves it where it was, and the side too: each side has its own centre.
+    """
+    centre = refined.centre
+    if centre is None:
+        centre, reference = estimate.centre, estimate.reference
     centre_covariance = refined.centre_covariance
     if centre_covariance is None:
         centre_covariance = estimate.centre_covariance

@@ -251,7 +251,7 @@ class SynthesisRefiner:
         An uninformative distribution is left alone: any peak of it is noise. So is a tracked pose: this frame's peak
         is worse than the mean of what many frames said.
         """
-        if estimate.ambiguity == Ambiguity.UNINFORMATIVE or estimate.stage == "tracking":
+        if estimate.ambiguity == Ambiguity.UNINFORMATIVE or estimate.tracked:
             return None
         # Egocentric to allocentric, as latents are, and back at the end.
         left, right = query.crop.R_virtual_camera, registered.R_virtual_camera.T

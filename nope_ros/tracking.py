@@ -233,9 +233,9 @@ class Tracker:
                 assert isinstance(before.told, _Grid)
                 told, fused = _multiplied(before.told, told, passage.seconds, _independent(registered), alone)
                 modes = _faithful(fused.modes, motion @ before.answer)
-            pose = registered.pose_in(query, fused, estimate.similarity, estimate.prior)
+            pose = registered.pose_in(query, fused, estimate.similarity, estimate.prior, modes[0].R)
             found = Refined("tracking", modes, rotation_covariance(fused, modes[0].R))
-            pose = moved(pose, found, registered.reference_at(fused.mode.R, query))
+            pose = replace(moved(pose, found, pose.reference), tracked=True)
         self._beliefs[registered.object_id] = _Belief(
             registered=registered,
             prior=estimate.prior,
@@ -353,7 +353,10 @@ def _multiplied(
 ) -> tuple[_Grid, RotationDistribution]:
     """The same on a grid: what to carry on, and what it says; ``seconds`` since the last frame."""
     passage = Passage.between(before.camera, now.camera, seconds)  # since belief was moved, which may be longer ago
-    if passage.known and geodesic_distance(passage.turn, np.eye(3)) < _UNMOVED * alone.spacing:
+    # The rotations themselves, not the camera alone: where it looks straight down, those of the same index turn by any
+    # angle while gravity turns by next to nothing.
+    strayed = geodesic_distance(passage.motion @ before.rotations, alone.rotations).max() if passage.known else np.inf
+    if strayed < _UNMOVED * alone.spacing:
         # Belief stays with the rotations of the same index: sharing among neighbours blurs.
         anchor, carried = before, before.probabilities
         passage = replace(passage, turn=np.eye(3))

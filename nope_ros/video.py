@@ -263,6 +263,11 @@ class Keyframes:
         return Sides(self.R_virtual_object, self.crops, self.distance, self.angular_radius, self.offset_object)
 
     @property
+    def sized(self) -> bool:
+        """Whether it is known how large the object is from each keyframe's side; else all but the first are guesses."""
+        return self.provenance.poses == "given" or self.provenance.scale == "depth"
+
+    @property
     def directions(self) -> Array:
         """Unit vectors (K, 3) from the object to each camera, object frame."""
         directions: Array = -self.R_virtual_object[:, 2]
@@ -277,16 +282,16 @@ class Plan:
         keyframes: see there.
         views: (K) of the keyframes, the reference first.
         R_camera_object: (3, 3) of the first.
-        t_camera_object: (3,) of the first, in the unit of the walk; None if only rotations are known.
-        radius: of the object in that unit; None likewise.
+        t_camera_object: (3,) of the first, in the unit of the walk: of its poses, or else the object's radius.
+        radius: of the object in that unit.
         gravity_known: whether the object's z axis is up in the world.
     """
 
     keyframes: Keyframes
     views: tuple[View, ...]
     R_camera_object: Array
-    t_camera_object: Array | None
-    radius: float | None
+    t_camera_object: Array
+    radius: float
     gravity_known: bool
 
 
@@ -337,17 +342,15 @@ def plan_keyframes(
     report(f"encoding {len(views)} keyframes")
     latents = encode([view.crop for view in views])
     left = left_out(predictor, latents, R_virtual_object)
-    t, radius = None, None
-    # Without positions each camera looks at the centre, from where the object's circle has the radius one.
     axes = np.stack([view.crop.R_virtual_camera[2] for view in views])
     angular_radius = np.array([view.crop.angular_radius for view in views])
-    translations = axes / angular_radius[:, None]
     if given:
         translations = np.stack([_pose(view)[1] for view in views]) + rotations @ oriented.origin
-        t = translations[0]
-    distance = (axes * translations).sum(axis=1)
-    if given:
+        distance = (axes * translations).sum(axis=1)
         radius = float(np.median(distance * angular_radius))
+    else:  # each camera looks at the centre
+        distance, radius = _distances(views), 1.0
+        translations = distance[:, None] * axes
     hull = outline_radii(views, R_camera_object, translations)
     from_circle = translations - distance[:, None] * axes  # to the origin, camera axes
     provenance = Provenance(
@@ -380,7 +383,27 @@ def plan_keyframes(
         angular_radius=angular_radius,
         offset_object=np.einsum("kji,kj->ki", R_camera_object, from_circle),
     )
-    return Plan(keyframes, tuple(views), R_camera_object[0], t, radius, how != "image")
+    return Plan(keyframes, tuple(views), R_camera_object[0], translations[0], radius, how != "image")
+
+
+def radius_by_depth(views: Sequence[View]) -> float | None:
+    """The object's radius, metres, as the views with depth have it; None if none has."""
+    measured = [view.distance * view.crop.angular_radius for view in views if view.distance is not None]
+    return float(np.median(measured)) if measured else None
+
+
+def _distances(views: Sequence[View]) -> Array:
+    """Of the object's centre from each camera (K,), in radii of the object: as depth has it.
+
+    Where there is none, from where the circle around the outline has that radius, as if all sides were as large.
+    """
+    radius = radius_by_depth(views)
+    return np.array(
+        [
+            1 / view.crop.angular_radius if radius is None or view.distance is None else view.distance / radius
+            for view in views
+        ]
+    )
 
 
 @dataclass(frozen=True)
@@ -513,7 +536,7 @@ def _without_outliers(views: Sequence[View], given: bool) -> tuple[list[View], l
     for index, view in enumerate(views):
         if beside[index].sum() >= 3:
             usual = float(np.median(detail[beside[index]]))
-            share = detail[index] / usual if np.isfinite(usual) else 1.0  # else they are too thin to tell
+            share = detail[index] / usual if usual > 0 else 1.0  # else they are too thin to tell
             if share < _BLURRED:
                 refused.append(Refusal(view.name, f"blurred: {share:.0%} of the detail of the frames next to it"))
                 continue

@@ -198,7 +198,7 @@ def test_covariance_is_symmetric_positive_and_follows_the_lever(estimator):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_a_pose_that_is_moved_from_side_to_side_keeps_its_centre_and_a_covariance(estimator, seed):
-    """Of a mesh or a walk each side has its own centre: what is taken out is what was put in, not the next side's."""
+    """Of a mesh or a walk each side has its own centre: who gives one names its side, who gives none keeps both."""
     rng = np.random.default_rng(seed)
     registered = estimator.register(*seen(), R_camera_object=REFERENCE, t_camera_object=np.array([0.5, 0.3, 8.0]))
     pose = estimator.estimate(*seen(look_at(np.array([1, -0.3, 0.4]))), registered)
@@ -206,10 +206,28 @@ def test_a_pose_that_is_moved_from_side_to_side_keeps_its_centre_and_a_covarianc
     for _ in range(3):
         side = replace(registered.reference, offset_object=rng.normal(size=3))
         modes = (Mode(exp(0.2 * rng.normal(size=3)) @ pose.delta_R, 0.6),)
-        pose = moved(pose, Refined("offsets", modes, 1e-3 * np.eye(3)), side)
+        as_it_was = moved(pose, Refined("synthesis", pose.delta_modes, 1e-3 * np.eye(3)), side)
+        np.testing.assert_allclose(as_it_was.t_camera_object, pose.t_camera_object, atol=1e-9)
+        turned = moved(pose, Refined("synthesis", modes, 1e-3 * np.eye(3)), side)
+        np.testing.assert_allclose(turned.centre, centre, atol=1e-9)
+        np.testing.assert_allclose(turned.centre_covariance, own, atol=1e-9)
+        assert turned.reference is pose.reference
+        centre, own = centre + 0.1 * rng.normal(size=3), own * rng.uniform(0.5, 1)
+        pose = moved(turned, Refined("offsets", modes, 1e-3 * np.eye(3), centre, own), side)
         np.testing.assert_allclose(pose.centre, centre, atol=1e-9)
         np.testing.assert_allclose(pose.centre_covariance, own, atol=1e-9)
-        assert np.linalg.eigvalsh(pose.covariance).min() > 0
+        assert pose.reference is side
+        assert np.linalg.eigvalsh(turned.covariance).min() > 0 and np.linalg.eigvalsh(pose.covariance).min() > 0
+
+
+def test_what_the_caller_does_with_its_arrays_afterwards_changes_nothing(estimator):
+    R, t, intrinsics = REFERENCE.copy(), np.array([0.5, 0.3, 8.0]), K.copy()
+    registered = estimator.register(*seen()[:2], intrinsics, R_camera_object=R, t_camera_object=t)
+    before = estimator.estimate(*seen(), registered)
+    R[:], t[:], intrinsics[:] = 0, 9, 7
+    after = estimator.estimate(*seen(), registered)
+    np.testing.assert_array_equal(after.R_camera_object, before.R_camera_object)
+    np.testing.assert_array_equal(after.t_camera_object, before.t_camera_object)
 
 
 def test_gravity_that_is_no_direction_is_refused(estimator):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
 from nope_ros import PoseEstimator
+from nope_ros.distribution import RotationDistribution
 from nope_ros.harmonics import degree_slices, wigner_d
 from nope_ros.latent import RotatedLatentPredictor
 from nope_ros.match import TemplateBank
@@ -22,10 +23,11 @@ from nope_ros.models.rotated_latent import (
     turn_harmonics,
 )
 from nope_ros.pose import Measured
-from nope_ros.prior import PRIORS, free_rotations, upright_rotations
+from nope_ros.prior import PRIORS, free_rotations, standing_rotations, upright_rotations
 from nope_ros.refine import Refined, moved
 from nope_ros.rotations import exp, geodesic_distance, log, look_at
-from nope_ros.tracking import Tracker
+from nope_ros.synthesis import SynthesisRefiner
+from nope_ros.tracking import Tracker, _Camera, _Grid, _multiplied
 
 K = np.array([[300.0, 0, 159.5], [0, 300.0, 119.5], [0, 0, 1]])
 REFERENCE = look_at(np.array([1.0, 0.0, 0.6]))
@@ -354,3 +356,34 @@ def test_without_stamps_frames_are_even_steps(estimator, registered):
     tracker = Tracker()
     assert tracker.update(query, registered, alone).stage == "template"
     assert tracker.update(query, registered, alone).stage == "tracking"
+
+
+def test_looking_straight_down_a_still_object_does_not_turn():
+    """Where azimuth and roll are one, gravity that jitters by a fifth of a degree turns the grid by any angle."""
+    rng = np.random.default_rng(1)
+    down = np.array([0.003, 0.0, 1.0])
+    gravity = np.array([0.0, 0.5, 0.85]) / np.linalg.norm([0.5, 0.85])
+    truth = standing_rotations(gravity, down / np.linalg.norm(down))[10]
+    camera, belief = _Camera(np.eye(3), np.eye(3)), None
+    for _ in range(20):
+        seen = down + 0.0035 * rng.normal(size=3)
+        grid = standing_rotations(gravity, seen / np.linalg.norm(seen))
+        off = geodesic_distance(grid, truth)
+        alone = RotationDistribution.from_log_likelihood(grid, -0.5 * (off / np.radians(10)) ** 2, spacing=0.14)
+        now = _Grid(alone.rotations, alone.probabilities, camera)
+        if belief is None:
+            belief = now
+            continue
+        belief, fused = _multiplied(belief, now, 0.1, 1.0, alone)
+        assert np.degrees(geodesic_distance(fused.mode.R, truth)) < 6
+
+
+def test_a_tracked_pose_is_not_climbed_from_in_one_frame(estimator, registered):
+    """Also where matches have had a part in it since: synthesis sees this frame alone."""
+    scene = Scene(estimator, registered)
+    assert not scene.see(0.0, {0: 0.0})[0].tracked
+    tracked, _ = scene.see(0.1, {0: 0.0})
+    assert tracked.tracked
+    later = moved(tracked, Refined("offsets", tracked.delta_modes, 1e-3 * np.eye(3)), tracked.reference)
+    assert SynthesisRefiner().refine(scene.query, registered, later) is None
+    assert SynthesisRefiner().refine(scene.query, registered, replace(later, tracked=False)) is not None

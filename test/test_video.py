@@ -15,14 +15,17 @@ from nope_ros import InputError, PoseEstimator
 from nope_ros.averaging import average_rotations
 from nope_ros.cli import main
 from nope_ros.commands.register import Trajectory, read_trajectory
+from nope_ros.crop import virtual_crop
 from nope_ros.evaluation.protocol import EvaluationObject, EvaluationSet, View
 from nope_ros.evaluation.walk import evaluate_walks
 from nope_ros.frame import Frame
 from nope_ros.harmonics import rotate, wigner_d
 from nope_ros.match import TemplateBank, Turns, ViewsBank, predict_bank, view_weights
+from nope_ros.pose import distance_from_depth
 from nope_ros.prior import free_rotations
 from nope_ros.rotations import exp, geodesic_distance, icosphere, look_at
 from nope_ros.store import ObjectStore
+from nope_ros.training.mesh import make_mesh
 from nope_ros.training.procedural import procedural_object
 from nope_ros.training.render import Lighting, render
 from nope_ros.video import Walk, farthest, left_out, meeting_point
@@ -433,3 +436,27 @@ def test_keyframes_choose_how_they_are_compared_by_finding_each_other(estimator,
     query = estimator.look(frames[4])
     again = [one.free_bank.match(query.latent, 1.0).log_likelihood for one in (changed, loaded)]
     np.testing.assert_allclose(again[0], again[1], rtol=1e-5)
+
+
+def test_depth_tells_how_large_each_side_is_without_camera_poses(estimator):
+    """A bar seen from its end is not as far away as its outline would have it, were it as large as from its side."""
+    trimesh = pytest.importorskip("trimesh")
+    bar = trimesh.creation.box((2.4, 0.5, 0.4))
+    knob = trimesh.creation.box((0.4, 0.5, 0.5))
+    knob.apply_translation((1.0, 0, 0.4))
+    both = trimesh.util.concatenate([bar, knob])
+    mesh = make_mesh(both.vertices, both.faces)
+    frames, gravity = [], []
+    for angle in np.radians(np.arange(0, 180, 15)):
+        R = look_at(np.array([np.cos(angle), np.sin(angle), 0.35]))
+        view = render(mesh, R, np.array([0, 0, 7.0]), K, 320, 240, lighting=Lighting.uniform())
+        depth = np.where(view.mask, view.depth, 0).astype(np.float32)
+        frames.append(Frame.from_arrays(view.rgb, view.mask, K, depth))
+        gravity.append(R @ [0, 0, -1.0])
+    for first in (0, 6):  # from the end, from the side
+        order = [*range(first, 12), *range(first)]
+        registered = estimator.register_views([frames[i] for i in order], gravity_camera=[gravity[i] for i in order])
+        assert registered.keyframes.provenance.scale == "depth"
+        own = distance_from_depth(frames[first], virtual_crop(frames[first], 96, gravity[first]))
+        assert registered.reference.distance == pytest.approx(own, rel=0.02)
+        np.testing.assert_allclose(registered.sides.distance, 7.0, rtol=0.2)
