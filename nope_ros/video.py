@@ -536,7 +536,7 @@ def _without_outliers(views: Sequence[View], given: bool) -> tuple[list[View], l
     for index, view in enumerate(views):
         if beside[index].sum() >= 3:
             usual = float(np.median(detail[beside[index]]))
-            share = detail[index] / usual if usual > 0 else 1.0  # else they are too thin to tell
+            share = detail[index] / usual if 0 < usual < np.inf else 1.0  # else they are too thin to tell
             if share < _BLURRED:
                 refused.append(Refusal(view.name, f"blurred: {share:.0%} of the detail of the frames next to it"))
                 continue
