@@ -155,10 +155,14 @@ class Matches:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What the network says of the best of some hypotheses.
+class Look:
+    """What the network says of the best of some hypotheses, and the answers that may be made of it.
 
     Attributes:
+        query: the image.
+        registered: the object.
+        estimate: whose modes the hypotheses are.
+        trust: how far to believe the network.
         distribution: of the estimate, weighed by what was seen of its modes.
         modes: all of the estimate's in the order of their probabilities, which are new; the best first.
         tried: those that were compared, with the probabilities that they had.
@@ -173,6 +177,10 @@ class Found:
         matches: that these followed from.
     """
 
+    query: Query
+    registered: RegisteredObject
+    estimate: PoseEstimate
+    trust: Trust
     distribution: RotationDistribution
     modes: tuple[Mode, ...]
     tried: tuple[Mode, ...]
@@ -185,6 +193,130 @@ class Found:
     affine_centre_virtual: Array
     sigma: float
     matches: Matches
+
+    def answer(self) -> Refined:
+        """What was found and what the templates had found before, each as far as it is to be believed."""
+        query, registered, prior = self.query, self.registered, self.estimate.prior
+        best, seen = self.modes[0], self.distribution
+        R = registered.allowed(self.R, query, prior)
+        if self._known_already:
+            delta_R, covariance = best.R, rotation_covariance(seen, best.R)
+        else:
+            believed = Measured(R, self._covariance(self._believed_sigma))
+            together = weighed(query, registered, prior, seen, best.R, believed)
+            delta_R = together.R
+            covariance = seen.spread * over_modes(seen, Mode(delta_R, best.probability), together.covariance)
+        refined = self._refined("offsets", delta_R, self._placed(self.centre_virtual), covariance)
+        return replace(refined, matched=Measured(R, self._covariance(self.sigma)))
+
+    def alone(self, stage: Literal["affine", "offsets"]) -> Refined:
+        """What one stage found, as far as the prior allows it, and its rotation as if it were certain."""
+        if stage == "affine":  # the viewing direction, which is most of it, is the templates'
+            return self._certain(stage, self.affine_R, self._placed(self.affine_centre_virtual), None)
+        within = self._covariance(self._believed_sigma)
+        return self._certain(stage, self.R, self._placed(self.centre_virtual), within)
+
+    def fitted(self) -> Fit | None:
+        """Umeyama's fit of the matched points to where the query's depth has them, or None without depth.
+
+        From the axes of the view to those of the query's virtual camera, in metres.
+        """
+        query, registered, matches = self.query, self.registered, self.matches
+        if query.surface is None or not registered.depth_known:
+            return None
+        y = sampled(query.surface, matches.places, query.crop.angular_radius)
+        aligned, axis = np.eye(3), None
+        if self.estimate.prior == "standing" and registered.gravity_virtual is not None:
+            axis = query.gravity_virtual
+            aligned = constrained(aligned, "standing", matches.R_view @ registered.gravity_virtual, axis)
+        R = self.R @ matches.R_view.T @ aligned.T
+        fitted = fit(
+            matches.points @ aligned.T,
+            y,
+            matches.weights,
+            _TOLERANCE * self.reference.radius,
+            np.random.default_rng(0),
+            axis=axis,
+            start=(R, self.centre_virtual),
+        )
+        return None if fitted is None else replace(fitted, R=fitted.R @ aligned)
+
+    def answer_in_depth(self, fitted: Fit) -> Refined:
+        """The pose of a fit in depth, as far as the prior allows it."""
+        centre = self.query.crop.R_virtual_camera.T @ fitted.t
+        return self._certain("depth", fitted.R @ self.matches.R_view, centre, self._covariance(self._believed_sigma))
+
+    def shifted(self) -> Refined:
+        """The estimate's rotation, and the object where the query's depth has the matched points."""
+        query, matches, delta_R = self.query, self.matches, self.estimate.delta_R
+        assert query.surface is not None
+        R = self.registered.allocentric(delta_R, query)
+        y = sampled(query.surface, matches.places, query.crop.angular_radius)
+        apart = y - matches.points @ (R @ matches.R_view.T).T
+        known = np.isfinite(apart).all(-1) & (matches.weights > 0)
+        centre = np.median(apart[known], axis=0)
+        # The rotation is the estimate's, and so is its mode, whichever was chosen from the image.
+        own = min(self.modes, key=lambda mode: float(geodesic_distance(mode.R, delta_R)))
+        of_own = replace(self, modes=(own, *(mode for mode in self.modes if mode is not own)))
+        return of_own._certain("depth", R, query.crop.R_virtual_camera.T @ centre, None)
+
+    @property
+    def _known_already(self) -> bool:
+        """Whether the rotation is: many frames say more of it than one comparison with one image does."""
+        return self.estimate.stage == "tracking" and self.registered.rendered is None
+
+    @property
+    def _believed_sigma(self) -> float:
+        """Standard deviation of R's error about each axis, radians, as far as the network is believed."""
+        return self.trust.spread[self.estimate.prior] * self.sigma
+
+    def _covariance(self, sigma: float) -> Array:
+        """Of a rotation (3, 3) whose standard deviation about each axis is ``sigma``, radians."""
+        if self.estimate.prior == "standing" and self.query.gravity_virtual is not None:
+            axis = self.query.crop.R_virtual_camera.T @ self.query.gravity_virtual
+            covariance: Array = sigma**2 * np.outer(axis, axis) + _GRAVITY_SIGMA**2 * np.eye(3)
+            return covariance
+        return sigma**2 * np.eye(3)
+
+    def _certain(self, stage: Stage, R: Array, centre: Array, within: Array | None) -> Refined:
+        """A rotation R (3, 3) between virtual cameras that is not weighed against the templates'.
+
+        ``centre`` is the view's, camera axes; ``within`` the covariance of R if its mode is the right one, or None: as
+        wide as the distribution around the mode.
+        """
+        best, seen = self.modes[0], self.distribution
+        delta_R = self.registered.allowed(R, self.query, self.estimate.prior)
+        if self._known_already:
+            delta_R, within = best.R, None
+        if within is None:
+            covariance = rotation_covariance(seen, best.R)
+        else:
+            covariance = over_modes(seen, Mode(delta_R, best.probability), within)
+        return self._refined(stage, delta_R, centre, covariance)
+
+    def _placed(self, centre_virtual: Array) -> Array:
+        """The view's centre (3,), as matches and as the outline have it, each as far as it is to be trusted."""
+        crop = self.query.crop
+        matched = crop.R_virtual_camera.T @ centre_virtual
+        outlined = projective_distance(self.reference, crop) * crop.R_virtual_camera[2]
+        turned = self.registered.angle_from_known(self.modes[0].R, self.query)
+        apart = outline_sigma(self.reference, crop, turned) ** 2
+        together: Array = outlined + apart / (apart + self.trust.placed**2) * (matched - outlined)
+        return together
+
+    def _refined(self, stage: Stage, delta_R: Array, centre: Array, covariance: Array) -> Refined:
+        """With a rotation (3, 3), the covariance of it (3, 3) and the view's centre (3,), camera axes."""
+        best, *others = self.modes
+        # From the centre of the view that was compared to that of the estimate's; each side has its own.
+        asked = self.registered.reference_at(self.estimate.delta_R, self.query)
+        between = delta_R @ asked.R_camera_object @ (self.reference.offset_object - asked.offset_object)
+        return Refined(
+            stage=stage,
+            modes=(Mode(delta_R, best.probability), *others),
+            rotation_covariance=covariance,
+            centre=centre + between,
+            distribution=self.distribution,
+        )
 
 
 @dataclass(frozen=True)
@@ -208,6 +340,22 @@ class _Hypothesis:
     depth: Tensor | None
     roll: float
     R: Array
+
+    def matches(self, step: Step) -> Matches:
+        """Of the only pair of a step."""
+        points, targets = step.points[0].double().cpu().numpy(), step.targets[0].double().cpu().numpy()
+        unroll = exp(np.array([0.0, 0.0, self.roll]))[:2, :2]
+        weights = step.log_weights[0, :, 0].exp().double().cpu().numpy()
+        return Matches(points * self.reference.radius, targets[:, :2] @ unroll.T, weights, self.R_view)
+
+    def back(self, pose: RelativePose, rho: float) -> tuple[Array, Array]:
+        """The only pair's pose as R and centre_virtual of a ``Look``; ``rho`` is the query's."""
+        unroll = exp(np.array([0.0, 0.0, self.roll]))
+        x, y = pose.shift[0].double().cpu().numpy()
+        z = float(torch.exp(-pose.log_scale[0])) / rho
+        # A product of rotations in single precision is one to six digits.
+        turn = Rotation.from_matrix(pose.R[0].double().cpu().numpy()).as_matrix()
+        return unroll @ turn @ self.R_view, unroll @ np.array([x, y, z]) * self.reference.radius
 
 
 class CorrespondenceRefiner:
@@ -257,18 +405,17 @@ class CorrespondenceRefiner:
 
     def refine(self, query: Query, registered: RegisteredObject, estimate: PoseEstimate) -> Refined:
         """A finer pose, or another mode where it is seen better."""
-        return self.answer(query, registered, estimate, self.look(query, registered, estimate))
+        return self.look(query, registered, estimate).answer()
 
     def proposals(self, query: Query, registered: RegisteredObject, estimate: PoseEstimate) -> list[Refined]:
         """All that may be made of one look, for whoever can tell by depth which is right."""
-        found = self.look(query, registered, estimate)
-        proposed = [self.alone(query, registered, estimate, found, stage) for stage in _STAGES]
-        fitted = self.fitted(query, registered, estimate, found)
+        look = self.look(query, registered, estimate)
+        proposed = [look.alone(stage) for stage in _STAGES]
+        fitted = look.fitted()
         if fitted is None:
             return proposed
         # Of one view, the matches say better where the object is than how it is turned.
-        shifted = self.shifted(query, registered, estimate, found)
-        in_depth = self.answer_in_depth(query, registered, estimate, found, fitted)
+        shifted, in_depth = look.shifted(), look.answer_in_depth(fitted)
         return [*proposed, *([in_depth, shifted] if registered.rendered is not None else [shifted, in_depth])]
 
     def trust(self, registered: RegisteredObject) -> Trust:
@@ -279,200 +426,39 @@ class CorrespondenceRefiner:
             return self.weights.with_walk
         return self.weights.with_image if registered.depth is None else self.weights.with_depth
 
-    def fitted(self, query: Query, registered: RegisteredObject, estimate: PoseEstimate, found: Found) -> Fit | None:
-        """Umeyama's fit of the matched points to where the query's depth has them, or None without depth.
-
-        From the axes of the view to those of the query's virtual camera, in metres.
-        """
-        if query.surface is None or not depth_known(registered):
-            return None
-        matches = found.matches
-        y = sampled(query.surface, matches.places, query.crop.angular_radius)
-        aligned, axis = np.eye(3), None
-        if estimate.prior == "standing" and registered.gravity_virtual is not None:
-            axis = query.gravity_virtual
-            aligned = constrained(aligned, "standing", matches.R_view @ registered.gravity_virtual, axis)
-        R = found.R @ matches.R_view.T @ aligned.T
-        fitted = fit(
-            matches.points @ aligned.T,
-            y,
-            matches.weights,
-            _TOLERANCE * found.reference.radius,
-            np.random.default_rng(0),
-            axis=axis,
-            start=(R, found.centre_virtual),
-        )
-        return None if fitted is None else replace(fitted, R=fitted.R @ aligned)
-
-    def shifted(self, query: Query, registered: RegisteredObject, estimate: PoseEstimate, found: Found) -> Refined:
-        """The estimate's rotation, and the object where the query's depth has the matched points."""
-        assert query.surface is not None
-        matches, R_camera_virtual = found.matches, query.crop.R_virtual_camera.T
-        R = registered.allocentric(estimate.delta_R, query)
-        y = sampled(query.surface, matches.places, query.crop.angular_radius)
-        apart = y - matches.points @ (R @ matches.R_view.T).T
-        known = np.isfinite(apart).all(-1) & (matches.weights > 0)
-        centre = np.median(apart[known], axis=0)
-        # The rotation is the estimate's, and so is its mode, whichever was chosen from the image.
-        own = min(found.modes, key=lambda mode: float(geodesic_distance(mode.R, estimate.delta_R)))
-        found = replace(found, modes=(own, *(mode for mode in found.modes if mode is not own)))
-        return self._certain("depth", query, registered, estimate, found, R, R_camera_virtual @ centre, None)
-
-    def answer_in_depth(
-        self, query: Query, registered: RegisteredObject, estimate: PoseEstimate, found: Found, fitted: Fit
-    ) -> Refined:
-        """The pose of a fit in depth, as far as the prior allows it."""
-        sigma = self.trust(registered).spread[estimate.prior] * found.sigma
-        return self._certain(
-            "depth",
-            query,
-            registered,
-            estimate,
-            found,
-            fitted.R @ found.matches.R_view,
-            query.crop.R_virtual_camera.T @ fitted.t,
-            self._covariance(query, estimate, sigma),
-        )
-
-    def alone(
-        self,
-        query: Query,
-        registered: RegisteredObject,
-        estimate: PoseEstimate,
-        found: Found,
-        stage: Literal["affine", "offsets"],
-    ) -> Refined:
-        """What one stage of ``look`` found, as far as the prior allows it, and its rotation as if it were certain."""
-        R, centre, trust = found.R, found.centre_virtual, self.trust(registered)
-        within: Array | None = self._covariance(query, estimate, trust.spread[estimate.prior] * found.sigma)
-        if stage == "affine":
-            R, centre = found.affine_R, found.affine_centre_virtual
-            within = None  # the viewing direction, which is most of it, is the templates'
-        placed = self._placed(query, registered, found, centre, trust)
-        return self._certain(stage, query, registered, estimate, found, R, placed, within)
-
-    def answer(
-        self,
-        query: Query,
-        registered: RegisteredObject,
-        estimate: PoseEstimate,
-        found: Found,
-        trust: Trust | None = None,
-    ) -> Refined:
-        """What ``look`` found and what the templates had found before, each as far as it is to be believed.
-
-        ``trust`` is of the object, unless another is given.
-        """
-        trust = trust or self.trust(registered)
-        best, seen = found.modes[0], found.distribution
-        R, sigma = registered.allowed(found.R, query, estimate.prior), found.sigma
-        if _surer(estimate, registered):
-            delta_R, covariance = best.R, rotation_covariance(seen, best.R)
-        else:
-            spread = trust.spread[estimate.prior]
-            believed = Measured(R, self._covariance(query, estimate, spread * sigma))
-            answer = weighed(query, registered, estimate.prior, seen, best.R, believed)
-            delta_R = answer.R
-            covariance = seen.spread * over_modes(seen, Mode(delta_R, best.probability), answer.covariance)
-        centre = self._placed(query, registered, found, found.centre_virtual, trust)
-        refined = _refined("offsets", query, registered, estimate, found, delta_R, centre, covariance)
-        return replace(refined, matched=Measured(R, self._covariance(query, estimate, sigma)))
-
-    @staticmethod
-    def _covariance(query: Query, estimate: PoseEstimate, sigma: float) -> Array:
-        """Of a rotation (3, 3) whose standard deviation about each axis is ``sigma``, radians."""
-        if estimate.prior == "standing" and query.gravity_virtual is not None:
-            axis = query.crop.R_virtual_camera.T @ query.gravity_virtual
-            covariance: Array = sigma**2 * np.outer(axis, axis) + _GRAVITY_SIGMA**2 * np.eye(3)
-            return covariance
-        return sigma**2 * np.eye(3)
-
-    def _certain(
-        self,
-        stage: Stage,
-        query: Query,
-        registered: RegisteredObject,
-        estimate: PoseEstimate,
-        found: Found,
-        R: Array,
-        centre: Array,
-        within: Array | None,
-    ) -> Refined:
-        """A rotation R (3, 3) between virtual cameras that is not weighed against the templates'.
-
-        ``centre`` is the view's, camera axes; ``within`` the covariance of R if its mode is the right one, or None: as
-        wide as the distribution around the mode.
-        """
-        best, seen = found.modes[0], found.distribution
-        delta_R = registered.allowed(R, query, estimate.prior)
-        if _surer(estimate, registered):
-            delta_R, within = best.R, None
-        if within is None:
-            covariance = rotation_covariance(seen, best.R)
-        else:
-            covariance = over_modes(seen, Mode(delta_R, best.probability), within)
-        return _refined(stage, query, registered, estimate, found, delta_R, centre, covariance)
-
-    @staticmethod
-    def _placed(query: Query, registered: RegisteredObject, found: Found, centre_virtual: Array, trust: Trust) -> Array:
-        """The view's centre (3,), as matches and as the outline have it, each as far as it is to be trusted."""
-        matched, outlined = query.crop.R_virtual_camera.T @ centre_virtual, _outlined(query, found)
-        turned = registered.angle_from_known(found.modes[0].R, query)
-        apart = outline_sigma(found.reference, query.crop, turned) ** 2
-        together: Array = outlined + apart / (apart + trust.placed**2) * (matched - outlined)
-        return together
-
-    def look(self, query: Query, registered: RegisteredObject, estimate: PoseEstimate) -> Found:
+    def look(self, query: Query, registered: RegisteredObject, estimate: PoseEstimate) -> Look:
         """What the network makes of an estimate's modes."""
-        trust, crop = self.trust(registered), query.crop
+        trust, rho = self.trust(registered), query.crop.angular_radius
         modes = estimate.delta_modes
         # What earlier frames chose, one frame does not choose anew.
         most = 1 if estimate.stage == "tracking" else trust.hypotheses
-        tried = [mode for mode in modes[:most] if mode.probability > _LEAST_SHARE * modes[0].probability]
-        hypotheses: list[_Hypothesis] = []
-        rolls: list[float] = []
-        for mode in tried:
-            hypotheses.append(self._hypothesis(query, registered, mode, rolls))
-            rolls += [] if hypotheses[-1].roll in rolls else [hypotheses[-1].roll]
-        rgba = np.dstack([crop.image, crop.mask])
+        tried = tuple(mode for mode in modes[:most] if mode.probability > _LEAST_SHARE * modes[0].probability)
+        turned = np.array([registered.angle_from_known(mode.R, query) for mode in tried])
+        hypotheses = self._hypotheses(query, registered, tried)
         with torch.inference_mode():
-            seen = self._view(np.stack([rolled(rgba, -roll) for roll in rolls]), crop.angular_radius)
-            seen = seen[torch.tensor([rolls.index(one.roll) for one in hypotheses], device=self.device)]
-            reference = Views(
-                *(torch.cat([getattr(one.views, field.name) for one in hypotheses]) for field in fields(Views))
-            )
-            depths = [one.depth for one in hypotheses if one.depth is not None]
-            R = np.stack([one.R for one in hypotheses])
-            search = _Search.start(self, reference, seen, R, torch.cat(depths) if depths else None)
+            search = self._started(query, hypotheses)
             for _ in range(trust.first_steps):
                 search = search.advanced()
             assert search.step is not None
             support = search.step.support.double().cpu().numpy()
-            turned = np.array([registered.angle_from_known(mode.R, query) for mode in tried])
-            weight = trust.support * support - trust.from_near * np.cos(turned)
-            mass = np.array([mode.probability for mode in tried])
-            # Of modes that were not compared, this says nothing; of a single one neither, to the last bit.
-            weight -= np.log((mass * np.exp(weight)).sum() / mass.sum()) if len(tried) > 1 else weight
-            chosen = int(np.argmax(weight + np.log(mass)))
+            evidence = _evidence(tried, support, turned, trust)
+            chosen = int(np.argmax(evidence + np.log([mode.probability for mode in tried])))
             search = search.only(chosen)
             for _ in range(trust.steps - trust.first_steps):
                 search = search.advanced()
-        log_weight = np.concatenate([weight, np.zeros(len(modes) - len(tried))])
-        seen_again = estimate.distribution.weighed(np.stack([mode.R for mode in modes]), log_weight)
-        mass = np.array([mode.probability for mode in modes])
-        mass = mass * np.exp(log_weight) / (1 + (mass * np.expm1(log_weight)).sum())
-        ordered = [Mode(mode.R, float(share)) for mode, share in zip(modes, mass, strict=True)]
-        best = hypotheses[chosen]  # what was compared and found best comes first
-        ordered.sort(key=lambda mode: (mode.R is not best.mode.R, -mode.probability))
         assert search.step is not None and search.affine is not None
-        R, centre = self._back(search.step.pose, best, crop.angular_radius)
-        affine_R, affine_centre = self._back(search.affine, best, crop.angular_radius)
-        sigma = float(search.step.log_sigma[0].exp())
-        matches = self._matches(search.step, best)
-        return Found(
-            distribution=seen_again,
-            modes=tuple(ordered),
-            tried=tuple(tried),
+        best = hypotheses[chosen]
+        log_weight = np.concatenate([evidence, np.zeros(len(modes) - len(tried))])
+        R, centre = best.back(search.step.pose, rho)
+        affine_R, affine_centre = best.back(search.affine, rho)
+        return Look(
+            query=query,
+            registered=registered,
+            estimate=estimate,
+            trust=trust,
+            distribution=estimate.distribution.weighed(np.stack([mode.R for mode in modes]), log_weight),
+            modes=_reordered(modes, log_weight, best.mode),
+            tried=tried,
             support=tuple(support.tolist()),
             turned=tuple(turned.tolist()),
             reference=best.reference,
@@ -480,38 +466,38 @@ class CorrespondenceRefiner:
             affine_R=affine_R,
             centre_virtual=centre,
             affine_centre_virtual=affine_centre,
-            sigma=sigma,
-            matches=matches,
+            sigma=float(search.step.log_sigma[0].exp()),
+            matches=best.matches(search.step),
         )
 
-    @staticmethod
-    def _matches(step: Step, hypothesis: _Hypothesis) -> Matches:
-        points, targets = step.points[0].double().cpu().numpy(), step.targets[0].double().cpu().numpy()
-        unroll = exp(np.array([0.0, 0.0, hypothesis.roll]))[:2, :2]
-        weights = step.log_weights[0, :, 0].exp().double().cpu().numpy()
-        return Matches(points * hypothesis.reference.radius, targets[:, :2] @ unroll.T, weights, hypothesis.R_view)
+    def _hypotheses(self, query: Query, registered: RegisteredObject, modes: Sequence[Mode]) -> list[_Hypothesis]:
+        """Modes, and the views they are compared with; under one roll where their own are nearly the same."""
+        hypotheses: list[_Hypothesis] = []
+        for mode in modes:
+            R_virtual = registered.allocentric(mode.R, query)
+            R_view, reference, views, depth = self._reference(registered, R_virtual)
+            R = R_virtual @ R_view.T
+            # The query is rolled to align with the view, so that features need not know of roll.
+            roll = float(twist(R))
+            rolls = (one.roll for one in hypotheses)
+            roll = next((one for one in rolls if abs(np.angle(np.exp(1j * (one - roll)))) < _SAME_ROLL), roll)
+            R_rolled = exp(np.array([0.0, 0.0, -roll])) @ R
+            hypotheses.append(_Hypothesis(mode, R_view, reference, views, depth, roll, R_rolled))
+        return hypotheses
 
-    def _hypothesis(
-        self, query: Query, registered: RegisteredObject, mode: Mode, rolls: Sequence[float]
-    ) -> _Hypothesis:
-        """A mode, and the view it is compared with; under one of the given rolls, if that is nearly its own."""
-        R_virtual = registered.allocentric(mode.R, query)
-        R_view, reference, views, depth = self._reference(registered, R_virtual)
-        R = R_virtual @ R_view.T
-        # The query is rolled to align with the view, so that features need not know of roll.
-        roll = float(twist(R))
-        roll = next((one for one in rolls if abs(np.angle(np.exp(1j * (one - roll)))) < _SAME_ROLL), roll)
-        return _Hypothesis(mode, R_view, reference, views, depth, roll, exp(np.array([0.0, 0.0, -roll])) @ R)
-
-    @staticmethod
-    def _back(pose: RelativePose, hypothesis: _Hypothesis, rho: float) -> tuple[Array, Array]:
-        unroll = exp(np.array([0.0, 0.0, hypothesis.roll]))
-        x, y = pose.shift[0].double().cpu().numpy()
-        z = float(torch.exp(-pose.log_scale[0])) / rho
-        # A product of rotations in single precision is one to six digits.
-        turn = Rotation.from_matrix(pose.R[0].double().cpu().numpy()).as_matrix()
-        R = unroll @ turn @ hypothesis.R_view
-        return R, unroll @ np.array([x, y, z]) * hypothesis.reference.radius
+    def _started(self, query: Query, hypotheses: Sequence[_Hypothesis]) -> _Search:
+        """All hypotheses before the first look; the query is encoded once for each roll."""
+        crop = query.crop
+        rgba = np.dstack([crop.image, crop.mask])
+        rolls = list(dict.fromkeys(one.roll for one in hypotheses))
+        seen = self._view(np.stack([rolled(rgba, -roll) for roll in rolls]), crop.angular_radius)
+        seen = seen[torch.tensor([rolls.index(one.roll) for one in hypotheses], device=self.device)]
+        reference = Views(
+            *(torch.cat([getattr(one.views, field.name) for one in hypotheses]) for field in fields(Views))
+        )
+        depths = [one.depth for one in hypotheses if one.depth is not None]
+        R = np.stack([one.R for one in hypotheses])
+        return _Search.start(self, reference, seen, R, torch.cat(depths) if depths else None)
 
     def _view(self, rgba: NDArray[np.uint8], rho: float) -> Views:
         size = self.network.config.crop_size
@@ -643,48 +629,21 @@ class _Search:
         )
 
 
-def _refined(
-    stage: Stage,
-    query: Query,
-    registered: RegisteredObject,
-    estimate: PoseEstimate,
-    found: Found,
-    delta_R: Array,
-    centre: Array,
-    covariance: Array,
-) -> Refined:
-    """A rotation (3, 3), its covariance (3, 3), and the view's centre (3,), camera axes, in place of the estimate's."""
-    best, *others = found.modes
-    return Refined(
-        stage=stage,
-        modes=(Mode(delta_R, best.probability), *others),
-        rotation_covariance=covariance,
-        centre=centre + _between(query, registered, estimate, found, delta_R),
-        distribution=found.distribution,
-    )
+def _evidence(modes: Sequence[Mode], support: Array, turned: Array, trust: Trust) -> Array:
+    """(M,) log of how much likelier what was seen of modes is if they are right; other arguments as of ``Look``."""
+    evidence = trust.support * support - trust.from_near * np.cos(turned)
+    mass = np.array([mode.probability for mode in modes])
+    # Of modes that were not compared, this says nothing; of a single one neither, to the last bit.
+    evidence -= np.log((mass * np.exp(evidence)).sum() / mass.sum()) if len(modes) > 1 else evidence
+    return evidence
 
 
-def _surer(estimate: PoseEstimate, registered: RegisteredObject) -> bool:
-    """Whether the rotation is known already: many frames say more of it than one comparison with one image does."""
-    return estimate.stage == "tracking" and registered.rendered is None
-
-
-def _outlined(query: Query, found: Found) -> Array:
-    """Where the outline has the centre (3,) of the view that was compared, camera axes."""
-    centre: Array = projective_distance(found.reference, query.crop) * query.crop.R_virtual_camera[2]
-    return centre
-
-
-def _between(query: Query, registered: RegisteredObject, estimate: PoseEstimate, found: Found, delta_R: Array) -> Array:
-    """From the centre of the view that was compared to that of the estimate's, camera axes; each side has its own."""
-    asked = registered.reference_at(estimate.delta_R, query)
-    apart: Array = found.reference.offset_object - asked.offset_object
-    return delta_R @ asked.R_camera_object @ apart
-
-
-def depth_known(registered: RegisteredObject) -> bool:
-    """Whether it was measured how deep the parts of an object lie, or follows from a mesh."""
-    return registered.rendered is not None or registered.depth is not None
+def _reordered(modes: Sequence[Mode], log_weight: Array, best: Mode) -> tuple[Mode, ...]:
+    """Modes with their probabilities after evidence (M,); what was compared and found best comes first."""
+    mass = np.array([mode.probability for mode in modes])
+    mass = mass * np.exp(log_weight) / (1 + (mass * np.expm1(log_weight)).sum())
+    weighed_anew = [Mode(mode.R, float(share)) for mode, share in zip(modes, mass, strict=True)]
+    return tuple(sorted(weighed_anew, key=lambda mode: (mode.R is not best.R, -mode.probability)))
 
 
 def rolled(rgba: NDArray[np.uint8], roll: float) -> NDArray[np.uint8]:

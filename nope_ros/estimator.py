@@ -79,6 +79,11 @@ class RegisteredObject:
         return self.reference.metric
 
     @property
+    def depth_known(self) -> bool:
+        """Whether it was measured how deep its parts lie, or follows from a mesh."""
+        return self.rendered is not None or self.depth is not None
+
+    @property
     def R_virtual_object(self) -> Array:
         """(3, 3) of the reference crop."""
         R: Array = self.R_virtual_camera @ self.reference.R_camera_object

@@ -59,8 +59,7 @@ class Settling:
     @classmethod
     def of(cls, query: Query, registered: RegisteredObject) -> Settling | None:
         """None if one of the two has no depth."""
-        known = registered.rendered is not None or registered.depth is not None
-        if not known or not registered.metric or query.surface is None:
+        if not registered.depth_known or not registered.metric or query.surface is None:
             return None
         R_camera_virtual = query.crop.R_virtual_camera.T
         every_other = np.s_[::2, ::2]

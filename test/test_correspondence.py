@@ -30,6 +30,7 @@ from nope_ros.models.correspondence import (
     solve,
 )
 from nope_ros.prior import PRIORS, Prior, constrained
+from nope_ros.refine import Refined
 from nope_ros.rotations import exp, geodesic_distance, look_at, twist
 from nope_ros.training.procedural import procedural_object
 from nope_ros.training.render import render
@@ -240,15 +241,14 @@ def test_templates_and_matches_turn_an_object_together(prior: Prior) -> None:
     registered = estimator.register_frame(frames[0], gravity_camera=level[0], reference_distance=5.0)
     query = estimator.look(frames[1], level[1])
     estimate = estimator.match(query, registered, prior)
-    found = refiner.look(query, registered, estimate)
-    trust = refiner.trust(registered)
-    answers = {
-        spread: refiner.answer(
-            query, registered, estimate, found, trust.model_copy(update={"spread": dict.fromkeys(PRIORS, spread)})
-        )
-        for spread in (1e-6, 0.5, 1.0, 2.0, 1e6)
-    }
-    mode, matched = found.modes[0].R, refiner.alone(query, registered, estimate, found, "offsets").modes[0].R
+    look = refiner.look(query, registered, estimate)
+
+    def believed(spread: float) -> Refined:
+        trust = look.trust.model_copy(update={"spread": dict.fromkeys(PRIORS, spread)})
+        return replace(look, trust=trust).answer()
+
+    answers = {spread: believed(spread) for spread in (1e-6, 0.5, 1.0, 2.0, 1e6)}
+    mode, matched = look.modes[0].R, look.alone("offsets").modes[0].R
     # A mode is the mean of a peak, which upright need not be level to the last digit.
     assert geodesic_distance(answers[1e6].modes[0].R, mode) < np.radians(0.05)
     assert geodesic_distance(answers[1e-6].modes[0].R, matched) < np.radians(2.0)

@@ -154,8 +154,7 @@ class Stages:
         """Of each stage: its row, its pose, and the seconds that it took, the templates not among them."""
         if self.refiner is not None:
             begin = time.perf_counter()
-            found = self.refiner.look(query, registered, template)
-            poses = partial_answers(self.refiner, query, registered, template, found)
+            poses = partial_answers(self.refiner.look(query, registered, template))
             seconds = time.perf_counter() - begin
             for row, pose in poses.items():
                 yield row, pose, seconds

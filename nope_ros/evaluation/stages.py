@@ -26,7 +26,7 @@ from rich.progress import track
 from rich.table import Table
 from scipy.spatial import KDTree
 
-from nope_ros.correspondence import CorrespondenceRefiner, Found, Trust
+from nope_ros.correspondence import CorrespondenceRefiner, Look, Trust
 from nope_ros.crop import Crop
 from nope_ros.distribution import CONFIDENCE_RADIUS
 from nope_ros.estimator import PoseEstimator, RegisteredObject
@@ -38,7 +38,7 @@ from nope_ros.frame import Frame, InputError
 from nope_ros.mesh import mesh_files
 from nope_ros.pose import PoseEstimate
 from nope_ros.prior import PRIORS, Prior
-from nope_ros.refine import Query, moved
+from nope_ros.refine import moved
 from nope_ros.settle import Settling
 from nope_ros.training.mesh import load_mesh
 from nope_ros.video import Walk, farthest
@@ -194,15 +194,11 @@ def spread_row(spread: float) -> str:
     return f"spread {spread:g}"
 
 
-def partial_answers(
-    refiner: CorrespondenceRefiner, query: Query, registered: RegisteredObject, template: PoseEstimate, found: Found
-) -> dict[str, PoseEstimate]:
+def partial_answers(look: Look) -> dict[str, PoseEstimate]:
     """What a look at the templates' answer makes of it by an affine and by offsets, each for itself: a pose by row."""
-    reference = registered.reference_at(template.delta_R, query)
+    reference = look.registered.reference_at(look.estimate.delta_R, look.query)
     rows: tuple[tuple[str, Literal["affine", "offsets"]], ...] = ((AFFINE, "affine"), (OFFSETS, "offsets"))
-    return {
-        row: moved(template, refiner.alone(query, registered, template, found, stage), reference) for row, stage in rows
-    }
+    return {row: moved(look.estimate, look.alone(stage), reference) for row, stage in rows}
 
 
 def judge(
@@ -225,24 +221,24 @@ def judge(
     seen = estimator.look(frame, None if prior == "free" else query.gravity_camera)
     template = estimator.match(seen, registered, prior)
     matched = time.perf_counter() - begin
-    found = refiner.look(seen, registered, template)
+    look = refiner.look(seen, registered, template)
     looked = time.perf_counter() - begin
     reference = registered.reference_at(template.delta_R, seen)
 
     rows = {TEMPLATE: (template, matched)}
-    for row, pose in partial_answers(refiner, seen, registered, template, found).items():
+    for row, pose in partial_answers(look).items():
         rows[row] = pose, looked
     for trust in trusts:
-        believed = refiner.answer(seen, registered, template, found, trust)
+        believed = replace(look, trust=trust).answer()
         rows[spread_row(trust.spread[prior])] = moved(template, believed, reference), looked
-    answer = moved(template, refiner.answer(seen, registered, template, found), reference)
+    answer = moved(template, look.answer(), reference)
     if settle and frame.depth is not None:
         # Where too little of it is known, all stays as it was without.
         settling = Settling.of(seen, registered)
-        fitted = refiner.fitted(seen, registered, template, found)
+        fitted = look.fitted()
         in_depth = template
         if fitted is not None:
-            in_depth = moved(template, refiner.answer_in_depth(seen, registered, template, found, fitted), reference)
+            in_depth = moved(template, look.answer_in_depth(fitted), reference)
         rows["+ depth"] = (in_depth, time.perf_counter() - begin)
         begin = time.perf_counter() - matched
         on_surface = template if settling is None else settling.best(template, [])
@@ -259,15 +255,15 @@ def judge(
     R_true_reference = registered.reference.R_camera_object
     if registered.keyframes is not None:
         R_true_reference = R_true_reference @ registered.keyframes.R_fixed_object.T
-    tried = [mode.R @ R_true_reference for mode in found.tried]
+    tried = [mode.R @ R_true_reference for mode in look.tried]
     off = np.degrees([evaluated.symmetry.error(R, query.R_camera_object) for R in tried])
     compared = Compared(
-        log_mass=np.log([mode.probability for mode in found.tried]),
-        support=np.array(found.support),
-        turned=np.array(found.turned),
+        log_mass=np.log([mode.probability for mode in look.tried]),
+        support=np.array(look.support),
+        turned=np.array(look.turned),
         right=off < np.degrees(CONFIDENCE_RADIUS),
     )
-    return Pair(evaluated.name, errors, float(np.degrees(found.sigma)), compared, query.name)
+    return Pair(evaluated.name, errors, float(np.degrees(look.sigma)), compared, query.name)
 
 
 def judge_set(
