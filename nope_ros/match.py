@@ -120,18 +120,9 @@ class TemplateBank:
 
     @classmethod
     def predict(cls, predictor: Predictor, latent: Tensor, rotations: Array, batch_size: int = 1024) -> TemplateBank:
-        """Predict the templates of a reference latent (D,) at rotations (N, 3, 3).
-
-        Memory beyond the result is bounded by ``batch_size`` templates.
-        """
-        half = torch.float16 if latent.device.type == "cuda" else torch.bfloat16
-        templates = torch.empty(len(rotations), latent.numel(), dtype=half, device=latent.device)
-        for start in range(0, len(rotations), batch_size):
-            part = torch.tensor(rotations[start : start + batch_size], dtype=torch.float32, device=latent.device)
-            templates[start : start + batch_size] = predictor.predict(latent, part)
-        # Norms of what is stored, not of what was rounded, so that a template's distance to itself is zero.
-        squared_norms = torch.cat([part.float().square().sum(1) for part in templates.split(batch_size)])
-        return cls(rotations, templates, squared_norms)
+        """Predict the templates of a reference latent (D,) at rotations (N, 3, 3)."""
+        only = np.zeros(len(rotations), dtype=np.intp)
+        return cls.of_views(predictor, latent[None], rotations, only, rotations, batch_size)
 
     @classmethod
     def predict_nearest(
@@ -142,15 +133,38 @@ class TemplateBank:
         Not from all of them: a template costs a pass through the network. Arguments as of ``predict_bank``.
         """
         nearest = view_weights(rotations, views).argmax(axis=1)
-        templates = None
-        for index, (latent, view) in enumerate(zip(latents, views, strict=True)):
-            mine = np.flatnonzero(nearest == index)
-            if len(mine):
-                part = cls.predict(predictor, latent, rotations[mine] @ view.T, batch_size).templates
-                if templates is None:
-                    templates = part.new_empty(len(rotations), part.shape[1])
-                templates[torch.from_numpy(mine).to(part.device)] = part
-        assert templates is not None
+        turns = rotations @ np.swapaxes(views[nearest], 1, 2)
+        return cls.of_views(predictor, latents, rotations, nearest, turns, batch_size)
+
+    @classmethod
+    def of_views(
+        cls,
+        predictor: Predictor,
+        latents: Tensor,
+        rotations: Array,
+        nearest: NDArray[np.intp],
+        turns: Array,
+        batch_size: int = 1024,
+    ) -> TemplateBank:
+        """Each template predicted from one of several views; memory is bounded by ``batch_size`` beside the result.
+
+        Args:
+            predictor: of the latents.
+            latents: (K, D) of the views.
+            rotations: (N, 3, 3), from the reference's virtual camera to the query's.
+            nearest: (N,) index of the view for each of them.
+            turns: (N, 3, 3) from that view's virtual camera to the query's.
+            batch_size: templates predicted at a time.
+        """
+        half = torch.float16 if latents.device.type == "cuda" else torch.bfloat16
+        templates = torch.empty(len(rotations), latents.shape[1], dtype=half, device=latents.device)
+        for view in np.unique(nearest):
+            of_view = np.flatnonzero(nearest == view)
+            for start in range(0, len(of_view), batch_size):
+                rows = of_view[start : start + batch_size]
+                R = torch.tensor(turns[rows], dtype=torch.float32, device=latents.device)
+                templates[torch.from_numpy(rows).to(latents.device)] = predictor.predict(latents[view], R).to(half)
+        # Norms of what is stored, not of what was rounded, so that a template's distance to itself is zero.
         squared_norms = torch.cat([part.float().square().sum(1) for part in templates.split(batch_size)])
         return cls(rotations, templates, squared_norms)
 

@@ -58,19 +58,11 @@ class RenderedViews(Sides):
         """Templates at rotations (N, 3, 3) from the reference, whose own rotation is ``R_reference`` (3, 3)."""
         wanted = rotations @ R_reference
         nearest = self.nearest(wanted)
-        half = torch.float16 if self.latents.device.type == "cuda" else torch.bfloat16
-        templates = torch.empty(len(rotations), self.latents.shape[1], dtype=half, device=self.latents.device)
-        for view in np.unique(nearest):
-            rows = np.flatnonzero(nearest == view)
-            turns = torch.tensor(wanted[rows] @ self.R[view].T, dtype=torch.float32, device=templates.device)
-            templates[torch.from_numpy(rows).to(templates.device)] = predictor.predict(self.latents[view], turns).to(
-                half
-            )
-        squared_norms = torch.cat([part.float().square().sum(1) for part in templates.split(1024)])
-        identities = None
+        turns = wanted @ np.swapaxes(self.R[nearest], 1, 2)
+        bank = TemplateBank.of_views(predictor, self.latents, rotations, nearest, turns)
         if isinstance(predictor, RotatedLatentPredictor):
-            identities = self.latents[:, : predictor.latent_shape[1]]
-        return TemplateBank(rotations, templates, squared_norms, identities)
+            bank = replace(bank, identities=self.latents[:, : predictor.latent_shape[1]])
+        return bank
 
 
 def read_mesh(path: str | Path, *, object_diameter: float | None = None) -> Mesh:
