@@ -19,8 +19,24 @@ CONFIDENCE_RADIUS = np.radians(30.0)
 # a 15° grid (7.6° off at the median); a smaller radius sees too few points of the grid, a larger one the next mode.
 _PEAK_RADIUS = np.radians(24.0)
 _MOST_MODES = 8
+# Modes are looked for among so many of the most probable rotations, and not where one is less probable than this share
+# of the most probable.
+_CANDIDATES, _LEAST_PEAK = 512, 0.002
+
+# What the ambiguity goes by. Of an image that tells less than this, nats, too little is known: it less than halves what
+# was possible before.
+_LEAST_INFORMATION = 0.7
+# Confidence (probability within 30° of the mode) from which an answer is the only one, whatever else there is; and from
+# which it is where neither an axis nor a few modes explain the image.
+_SURE, _FAIRLY_SURE = 0.7, 0.4
+# Modes of at least this share of the first one's probability are as good as it; together they have to hold this much.
+_STRONG_MODE, _STRONG_TOGETHER = 0.3, 0.5
+# Whether an axis explains the image is asked of the credible set of this mass.
+_AXIAL_MASS = 0.9
 # Mean squared cosine between an axis and where it is turned to, above which it stays: some 30°.
 _AXIS_STAYS = 0.75
+# It is turned by any angle if so many bins of the circle hold more than this share of the set each.
+_BINS, _LEAST_BINS, _LEAST_IN_BIN = 12, 10, 0.02
 
 
 class Ambiguity(IntEnum):
@@ -89,8 +105,8 @@ class RotationDistribution:
     @cached_property
     def modes(self) -> tuple[Mode, ...]:
         """Peaks at least 20° apart, most probable first; each rotation's mass goes to its nearest peak within 30°."""
-        order = np.argsort(-self.probabilities, kind="stable")[:512]
-        order = order[self.probabilities[order] > 0.002 * self.probabilities[order[0]]]
+        order = np.argsort(-self.probabilities, kind="stable")[:_CANDIDATES]
+        order = order[self.probabilities[order] > _LEAST_PEAK * self.probabilities[order[0]]]
         candidates = self.rotations[order]
         near = _angles(candidates, candidates) < MODE_SEPARATION
         # A peak has no more probable rotation nearby; anything else is the slope of one.
@@ -164,21 +180,21 @@ class RotationDistribution:
         """The kind of answer this is."""
         prior = self.prior_probabilities[self.prior_probabilities > 0]
         information = float(-(prior * np.log(prior)).sum()) - self.entropy
-        if information < 0.7:  # less than halving what was possible before
+        if information < _LEAST_INFORMATION:
             return Ambiguity.UNINFORMATIVE
-        if self.confidence >= 0.7:
+        if self.confidence >= _SURE:
             return Ambiguity.UNIQUE
         if self._turns_about_an_axis():
             return Ambiguity.AXIAL
-        strong = [mode for mode in self.modes if mode.probability >= 0.3 * self.mode.probability]
-        if len(strong) > 1 and sum(mode.probability for mode in strong) >= 0.5:
+        strong = [mode for mode in self.modes if mode.probability >= _STRONG_MODE * self.mode.probability]
+        if len(strong) > 1 and sum(mode.probability for mode in strong) >= _STRONG_TOGETHER:
             return Ambiguity.FINITE
-        return Ambiguity.UNIQUE if self.confidence >= 0.4 else Ambiguity.UNINFORMATIVE
+        return Ambiguity.UNIQUE if self.confidence >= _FAIRLY_SURE else Ambiguity.UNINFORMATIVE
 
     def _turns_about_an_axis(self) -> bool:
         # An axis of revolution stays where it is, or is turned round (a cylinder upside down), and what is
         # perpendicular to it points everywhere.
-        kept = self.credible_set(0.9)
+        kept = self.credible_set(_AXIAL_MASS)
         weight = self.probabilities[kept] / self.probabilities[kept].sum()
         turns = self.rotations[kept] @ self.mode.R.T
         axes = icosphere(3)
@@ -190,8 +206,9 @@ class RotationDistribution:
         axis = axes[np.argmax(stays)]
         u, v = turn_to(axis)[:2]
         across = turns @ u
-        share = np.histogram(np.arctan2(across @ v, across @ u), bins=12, range=(-np.pi, np.pi), weights=weight)[0]
-        return bool((share > 0.02).sum() >= 10)
+        angles = np.arctan2(across @ v, across @ u)
+        share, _ = np.histogram(angles, bins=_BINS, range=(-np.pi, np.pi), weights=weight)
+        return bool((share > _LEAST_IN_BIN).sum() >= _LEAST_BINS)
 
     def _mean_around(self, peak: Array, angle: Array) -> Array:
         # angle (N,): of every rotation to the peak. The circle moves with its mean: start with all it may reach.

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nope_ros.crop import Crop, depth_through, virtual_crop
+from nope_ros.crop import FILL, Crop, depth_through, virtual_crop
 from nope_ros.frame import Frame, InputError
 from nope_ros.latent import Predictor, RotatedLatentPredictor
 from nope_ros.match import TemplateBank
@@ -151,7 +151,7 @@ def render_views(
     from nope_ros.training.render import render
 
     unit, radius, offset = mesh.normalised()
-    focal = 0.45 * _RENDER_SIZE * np.sqrt(_DISTANCE**2 - 1)
+    focal = FILL / 2 * _RENDER_SIZE * np.sqrt(_DISTANCE**2 - 1)
     middle = (_RENDER_SIZE - 1) / 2
     K = np.array([[focal, 0, middle], [0, focal, middle], [0, 0, 1.0]])
     t = np.array([0.0, 0.0, _DISTANCE])

@@ -25,7 +25,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from nope_ros.correspondence import CorrespondenceWeights
-from nope_ros.crop import depth_through
+from nope_ros.crop import FILL, depth_through
 from nope_ros.frame import InputError
 from nope_ros.harmonics import wigner_d
 from nope_ros.latent import (
@@ -303,7 +303,7 @@ def choose_pairs(
     coarse = coarse[reference]
     points = torch.cat([cells * (1 + rho[reference, None] * coarse)[..., None], coarse[..., None]], dim=-1)
     targets = project(points, pose, rho[query])
-    grid = targets[:, :, None, :2] * 0.9
+    grid = targets[:, :, None, :2] * FILL
     surface = F.grid_sample(z[query, None].nan_to_num(9.0), grid.nan_to_num(9.0), mode="nearest", align_corners=False)
     inside = F.grid_sample(mask[query], grid.nan_to_num(9.0), align_corners=False)[:, 0, :, 0]
     # The query's own centre of depth is that of the object; the reference's, moved, lies elsewhere.
@@ -418,7 +418,7 @@ def _match_loss(cosines: Tensor, truth: Truth, most: int = 1500) -> Tensor:
     side = cosines.shape[-1]
     rows = torch.nonzero(truth.visible.flatten())[:, 0]
     rows = rows[torch.randperm(len(rows), device=rows.device)[:most]]
-    place = ((truth.targets.reshape(-1, 3)[rows, :2] * 0.9 + 1) / 2 * side).long().clamp(0, side - 1)
+    place = ((truth.targets.reshape(-1, 3)[rows, :2] * FILL + 1) / 2 * side).long().clamp(0, side - 1)
     logits = cosines.reshape(pairs * count, -1)[rows] / 0.1
     return F.cross_entropy(logits, place[:, 1] * side + place[:, 0])
 
