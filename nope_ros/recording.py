@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from nope_ros.frame import Camera, InputError
 from nope_ros.node.bagfile import BAG_SUFFIXES, IMAGE_TYPE, Topics, choose_topics, open_bag
+from nope_ros.node.distro import nanoseconds
 from nope_ros.node.interfaces import deserialized
 
 if TYPE_CHECKING:
@@ -339,8 +340,7 @@ class BagRecording(Recording):
                 if connection.topic == self.topics.camera_info:
                     camera_info = message
                     continue
-                stamp = message.header.stamp.sec * 1_000_000_000 + message.header.stamp.nanosec
-                waiting[connection.topic][stamp] = message
+                waiting[connection.topic][nanoseconds(message.header.stamp)] = message
                 yield from self._complete(waiting, camera_info, before)
                 for held in waiting.values():
                     while len(held) > _WAITING:

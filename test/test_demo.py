@@ -449,7 +449,7 @@ def write_bag(path, moments, gravity, depth=None, imu=False):
     from sensor_msgs.msg import Imu
     from tf2_msgs.msg import TFMessage
 
-    from nope_ros.demo.player import camera_info_message, header, level_transform, mask_message
+    from nope_ros.demo.player import camera_info_message, header, level_transform
     from nope_ros.node import messages
     from nope_ros.node.bagfile import Recorded, write_mcap
 
@@ -460,7 +460,7 @@ def write_bag(path, moments, gravity, depth=None, imu=False):
         entries = [
             ("/cam/image", "sensor_msgs/msg/Image", 1, messages.image(head, moment.image)),
             ("/cam/camera_info", "sensor_msgs/msg/CameraInfo", 0, camera_info_message(moment.camera, head)),
-            ("/detector/mask", "sensor_msgs/msg/Image", 100_000_003, mask_message(moment.mask, head)),
+            ("/detector/mask", "sensor_msgs/msg/Image", 100_000_003, messages.mask(head, moment.mask)),
         ]
         if gravity:
             level: TransformStamped = level_transform(moment.gravity_camera, head)

@@ -53,6 +53,7 @@ from nope_ros.estimator import PoseEstimator
 from nope_ros.frame import InputError
 from nope_ros.latent import WeightsError, load_predictor
 from nope_ros.node import messages, topics
+from nope_ros.node.distro import nanoseconds
 from nope_ros.node.estimation import estimate
 from nope_ros.node.gravity import Gravity
 from nope_ros.node.outputs import Outputs
@@ -146,7 +147,7 @@ def robot(connected: Robot) -> Iterator[Robot]:
 
 
 def stamp_of(message: Any) -> int:
-    return messages.nanoseconds(message.header.stamp)
+    return nanoseconds(message.header.stamp)
 
 
 def answers(robot: Robot, poses: str, when: int) -> list[Any]:

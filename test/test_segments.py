@@ -22,7 +22,6 @@ from vision_msgs.msg import Detection2D, Detection2DArray, ObjectHypothesisWithP
 
 from nope_ros.frame import InputError
 from nope_ros.node import messages
-from nope_ros.node.boxes import mask_message
 from nope_ros.node.segments import instance_ids, message_type
 
 HEIGHT, WIDTH = 120, 160
@@ -67,7 +66,7 @@ def test_lists_become_ids(kind: Any) -> None:
     nothing = instance_ids(kind(("cup", cup)), {"plate"})
     assert nothing is not None and not nothing.any()
     assert instance_ids(kind()) is None
-    np.testing.assert_array_equal(messages.mask_array(mask_message(Header(), ids)), ids)
+    np.testing.assert_array_equal(messages.mask_array(messages.mask(Header(), ids)), ids)
 
 
 def test_what_cannot_be_used_is_refused_with_a_reason() -> None:

@@ -490,6 +490,8 @@ def _hear(node: Node, names: dict[str, tuple[str, str]], seconds: float) -> dict
     from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
     from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 
+    from nope_ros.node.distro import nanoseconds
+
     types = {one.__name__: one for one in (CameraInfo, CompressedImage, Image)}
     heard = {}
     for kind, (topic, type_name) in names.items():
@@ -497,7 +499,7 @@ def _hear(node: Node, names: dict[str, tuple[str, str]], seconds: float) -> dict
 
         def receive(message: Any, one: Heard = one) -> None:
             one.count += 1
-            one.stamps.append(message.header.stamp.sec * 1_000_000_000 + message.header.stamp.nanosec)
+            one.stamps.append(nanoseconds(message.header.stamp))
             one.messages[:] = [message]
 
         # Best effort hears every sender.

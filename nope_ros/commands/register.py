@@ -345,9 +345,7 @@ class _Robot:
                 if connection.msgtype == _TF:
                     self._tree.take(message, static=connection.topic.endswith("_static"))
                 elif imu is not None:
-                    felt, head = message.linear_acceleration, message.header
-                    stamp = head.stamp.sec * 1_000_000_000 + head.stamp.nanosec
-                    imu.add(ImuSample(stamp, np.array([felt.x, felt.y, felt.z]), head.frame_id))
+                    imu.add(ImuSample.of(message))
 
     def pose(self, moment: Moment) -> Pose | None:
         """R_camera_fixed and t_camera_fixed, or None if TF does not know them."""

@@ -41,12 +41,13 @@ from rich.progress import Progress
 from scipy import stats
 from sensor_msgs.msg import CompressedImage
 
-from nope_ros.demo.player import camera_info_message, header, mask_message
+from nope_ros.demo.player import camera_info_message, header
 from nope_ros.demo.run import bundled_sequence
 from nope_ros.demo.session import NODE, NodeProcess, SessionError, isolated_ros
 from nope_ros.frame import Camera, InputError
 from nope_ros.msg import ObjectPoseArray
 from nope_ros.node import messages, topics
+from nope_ros.node.distro import nanoseconds
 from nope_ros.recording import Moment, open_recording
 from nope_ros.refine import DEFAULT_REFINEMENT, REFINEMENTS, Refinement
 from nope_ros.srv import ListObjects, RegisterObject
@@ -173,7 +174,7 @@ class _Sender:
                 picture = CompressedImage(header=head, format="jpeg", data=jpeg)
             else:
                 picture = messages.image(head, moment.image)
-            whole = (picture, camera_info_message(moment.camera, head), mask_message(moment.mask, head))
+            whole = (picture, camera_info_message(moment.camera, head), messages.mask(head, moment.mask))
             self._frames.append([bytearray(serialize_message(one)) for one in whole])
 
     def send(self, index: int, stamp: int) -> None:
@@ -225,7 +226,7 @@ class _Run:
             self.executor.spin()
 
     def _receive(self, message: ObjectPoseArray) -> None:
-        self.arrived.setdefault(messages.nanoseconds(message.header.stamp), time.monotonic())
+        self.arrived.setdefault(nanoseconds(message.header.stamp), time.monotonic())
 
     def _wait(self, condition: Any, what: str, timeout: float = 60.0) -> None:
         end = time.monotonic() + timeout
@@ -243,7 +244,7 @@ class _Run:
             moment = shown[index % len(shown)]
             head = header(moment, 1)
             request = RegisterObject.Request(object_id=f"object{index}", overwrite=True)
-            request.image, request.mask = messages.image(head, moment.image), mask_message(moment.mask, head)
+            request.image, request.mask = messages.image(head, moment.image), messages.mask(head, moment.mask)
             request.camera_info = camera_info_message(moment.camera, head)
             future = self.register.call_async(request)
             self._wait(future.done, "a registration")

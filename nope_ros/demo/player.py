@@ -13,7 +13,6 @@ import os
 import signal
 import sys
 import time
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -52,13 +51,6 @@ _USUAL_ELEVATION = np.radians(30.0)
 def header(moment: Moment, stamp: int) -> Header:
     """The header of all messages of a frame."""
     return Header(stamp=Time(sec=stamp // 10**9, nanosec=stamp % 10**9), frame_id=moment.frame_id)
-
-
-def mask_message(mask: NDArray[np.bool_], header: Header) -> Image:
-    """A mask (H, W) as mono8."""
-    height, width = mask.shape
-    data = array("B", np.where(mask, np.uint8(255), np.uint8(0)).tobytes())
-    return Image(header=header, height=height, width=width, encoding="mono8", step=width, data=data)
 
 
 def camera_info_message(camera: Camera, header: Header) -> CameraInfo:
@@ -150,7 +142,7 @@ class Player:
     def send(self, moment: Moment, stamp: int) -> float:
         """Publish a frame; returns when its image went out (time.monotonic)."""
         head = header(moment, stamp)
-        image, mask = messages.image(head, moment.image), mask_message(moment.mask, head)
+        image, mask = messages.image(head, moment.image), messages.mask(head, moment.mask)
         self.camera_info.publish(camera_info_message(moment.camera, head))
         sent = time.monotonic()
         self.image.publish(image)
@@ -209,7 +201,7 @@ def registration_request(
     head = header(moment, stamp)
     request = RegisterObject.Request(object_id=object_id, overwrite=True)
     request.image = messages.image(head, moment.image)
-    request.mask = mask_message(moment.mask, head)
+    request.mask = messages.mask(head, moment.mask)
     request.camera_info = camera_info_message(moment.camera, head)
     if distance is not None:
         chosen = ReferenceFrame.of(moment, distance, moment.gravity_camera if gravity_known else None)

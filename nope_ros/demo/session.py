@@ -36,6 +36,7 @@ from nope_ros.demo.player import (
 from nope_ros.msg import ObjectPose, ObjectPoseArray, PoseDistribution
 from nope_ros.node import messages, topics
 from nope_ros.node.bagfile import Recorded
+from nope_ros.node.distro import nanoseconds
 from nope_ros.prior import Prior
 from nope_ros.recording import Moment, Recording, Truth
 from nope_ros.refine import DEFAULT_REFINEMENT, Refinement
@@ -347,10 +348,10 @@ class _Client:
                 self.inbox.recorded.append(Recorded(name, endpoint.type_name, time.time_ns(), bytes(data)))
                 if endpoint is topics.POSES:
                     poses = deserialize_message(data, ObjectPoseArray)
-                    self.inbox.poses.setdefault(messages.nanoseconds(poses.header.stamp), (now, poses))
+                    self.inbox.poses.setdefault(nanoseconds(poses.header.stamp), (now, poses))
                 elif endpoint is topics.DISTRIBUTION:
                     distribution = deserialize_message(data, PoseDistribution)
-                    self.inbox.distributions[messages.nanoseconds(distribution.header.stamp)] = distribution
+                    self.inbox.distributions[nanoseconds(distribution.header.stamp)] = distribution
                 elif endpoint is topics.DIAGNOSTICS:
                     for status in deserialize_message(data, DiagnosticArray).status:
                         self.inbox.diagnostics = {pair.key: pair.value for pair in status.values}

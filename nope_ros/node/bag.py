@@ -25,7 +25,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
-import numpy as np
 import yaml
 from rich.console import Console
 from rich.markup import escape
@@ -166,14 +165,8 @@ def moments(job: Job, complain: Callable[[object], object] = lambda problem: Non
         # As the node has it: no tree unless something is looked up in it.
         tree = TransformTree() if settings.needs_transforms else None
         imu = ImuGravity() if imu_topic else None
-        vector = np.array(settings.gravity_vector)
-        gravity = Gravity(
-            vector=vector if vector.any() else None,
-            frame=settings.gravity_frame,
-            imu=imu,
-            transforms=tree,
-            timeout=0.0,  # everything that could come in time has been read
-        )
+        # Waits for nothing: everything that could come in time has been read.
+        gravity = Gravity.of(settings, imu=imu, transforms=tree, timeout=0.0)
         if tree is not None:  # latched: a live node has it from the start, whenever it was recorded
             latched = [one for one in reader.connections if one.msgtype == _TF and one.topic.endswith("tf_static")]
             for one, _, data in reader.messages(connections=latched) if latched else ():
@@ -207,9 +200,7 @@ def moments(job: Job, complain: Callable[[object], object] = lambda problem: Non
             elif connection.msgtype == _TF and tree is not None:
                 tree.take(message, static=False)
             elif imu is not None:
-                felt = message.linear_acceleration
-                stamp = messages.nanoseconds(message.header.stamp)
-                imu.add(ImuSample(stamp, np.array([felt.x, felt.y, felt.z]), message.header.frame_id))
+                imu.add(ImuSample.of(message))
         pairing.finish()
         while (match := pairing.take(timeout=0)) is not None:
             complete.append(Moment(match, when, gravity))

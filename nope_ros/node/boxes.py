@@ -10,7 +10,6 @@ it. GrabCut (Rother et al. 2004) tells colours apart, not objects: a segmentatio
 from __future__ import annotations
 
 import sys
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,12 +19,12 @@ import numpy as np
 from geometry_msgs.msg import PointStamped
 from numpy.typing import NDArray
 from sensor_msgs.msg import CompressedImage, Image
-from std_msgs.msg import Header
 from vision_msgs.msg import Detection2DArray
 
 from nope_ros.frame import InputError
 from nope_ros.node import messages
 from nope_ros.node.complaints import Complaints
+from nope_ros.node.distro import nanoseconds
 
 # GrabCut's time grows with its pixels; an outline needs no more than this many along the longer side.
 _LONGEST = 160
@@ -116,13 +115,6 @@ def instance_ids(rgb: NDArray[np.uint8], boxes: Sequence[Box], complain: Complai
     return ids
 
 
-def mask_message(header: Header, ids: NDArray[np.uint16]) -> Image:
-    """Instance ids as 16UC1."""
-    height, width = ids.shape
-    data = array("B", ids.astype("<u2").tobytes())
-    return Image(header=header, height=height, width=width, encoding="16UC1", step=2 * width, data=data)
-
-
 def boxes_of(message: Detection2DArray) -> list[Box]:
     """The boxes of a message."""
     found = []
@@ -163,12 +155,12 @@ def main(arguments: list[str] | None = None) -> int:
             self._mask = self.create_publisher(Image, "mask", topics.output_qos())
 
         def _keep(self, message: Any) -> None:
-            self._images[messages.nanoseconds(message.header.stamp)] = message
+            self._images[nanoseconds(message.header.stamp)] = message
             while len(self._images) > _WAITING:
                 del self._images[next(iter(self._images))]
 
         def _detected(self, message: Detection2DArray) -> None:
-            image = self._images.get(messages.nanoseconds(message.header.stamp))
+            image = self._images.get(nanoseconds(message.header.stamp))
             if image is None:
                 self._complain("detections: no image has their stamp; the detector must copy the header of its image")
                 return
@@ -177,7 +169,7 @@ def main(arguments: list[str] | None = None) -> int:
             except InputError as error:
                 self._complain(error)
                 return
-            self._mask.publish(mask_message(image.header, ids))
+            self._mask.publish(messages.mask(image.header, ids))
 
         def _clicked(self, message: PointStamped) -> None:
             if not self._images:
@@ -190,7 +182,7 @@ def main(arguments: list[str] | None = None) -> int:
             except InputError as error:
                 self._complain(str(error).replace("detections: ", "click: ", 1))
                 return
-            self._mask.publish(mask_message(image.header, found.astype(np.uint16)))
+            self._mask.publish(messages.mask(image.header, found.astype(np.uint16)))
 
     return run("mask_from_boxes", MaskFromBoxes, arguments)
 

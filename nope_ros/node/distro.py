@@ -15,6 +15,7 @@ from typing import Protocol
 
 import cv2
 import numpy as np
+from builtin_interfaces.msg import Time
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation, Slerp
 from sensor_msgs.msg import Image
@@ -112,6 +113,14 @@ def image_to_rgb(message: Image, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]
     return rgb
 
 
+# --- rclpy ----------------------------------------------------------------------------------------------------------
+
+
+def nanoseconds(stamp: Time) -> int:
+    """A stamp as one number, as ``rclpy.time.Time`` has it."""
+    return int(stamp.sec) * 1_000_000_000 + int(stamp.nanosec)
+
+
 # --- tf2_ros --------------------------------------------------------------------------------------------------------
 
 
@@ -162,8 +171,7 @@ class TransformTree:
         """Take in a message of /tf or /tf_static."""
         for transform in message.transforms:
             q, t = transform.transform.rotation, transform.transform.translation
-            sent = transform.header.stamp
-            stamp = sent.sec * 1_000_000_000 + sent.nanosec
+            stamp = nanoseconds(transform.header.stamp)
             quaternion = np.array([q.x, q.y, q.z, q.w])
             origin = np.array([t.x, t.y, t.z])
             self.insert(transform.header.frame_id, transform.child_frame_id, stamp, quaternion, origin, static=static)

@@ -10,10 +10,12 @@ from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
+from sensor_msgs.msg import Imu
 
 from nope_ros.frame import InputError
-from nope_ros.node.distro import HISTORY, TransformError, Transforms
+from nope_ros.node.distro import HISTORY, TransformError, Transforms, nanoseconds
 from nope_ros.node.pairing import JUMP_BACK
+from nope_ros.node.parameters import Settings
 
 Array = NDArray[np.float64]
 
@@ -32,6 +34,12 @@ class ImuSample:
     stamp: int
     acceleration: Array
     frame: str
+
+    @classmethod
+    def of(cls, message: Imu) -> ImuSample:
+        """What a message says."""
+        felt = message.linear_acceleration
+        return cls(nanoseconds(message.header.stamp), np.array([felt.x, felt.y, felt.z]), message.header.frame_id)
 
 
 class ImuGravity:
@@ -100,6 +108,14 @@ class Gravity:
     imu: ImuGravity | None = None
     transforms: Transforms | None = None
     timeout: float = 0.1
+
+    @classmethod
+    def of(
+        cls, settings: Settings, *, imu: ImuGravity | None, transforms: Transforms | None, timeout: float
+    ) -> Gravity:
+        """The sources that the node's parameters name."""
+        vector = np.array(settings.gravity_vector)
+        return cls(vector if vector.any() else None, settings.gravity_frame, imu, transforms, timeout)
 
     @property
     def source(self) -> str:

@@ -12,8 +12,8 @@ import numpy as np
 from diagnostic_msgs.msg import DiagnosticStatus, KeyValue
 
 from nope_ros.distribution import Ambiguity
+from nope_ros.node.distro import nanoseconds
 from nope_ros.node.estimation import Seen
-from nope_ros.node.messages import nanoseconds
 from nope_ros.node.outputs import Outputs
 from nope_ros.node.pairing import Counts, Kind
 from nope_ros.node.parameters import Settings

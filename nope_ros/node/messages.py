@@ -15,7 +15,6 @@ import cv2
 import numpy as np
 import PIL
 import PIL.Image
-from builtin_interfaces.msg import Time
 from geometry_msgs.msg import (
     Point,
     Pose,
@@ -31,6 +30,7 @@ from std_msgs.msg import ColorRGBA, Header
 from vision_msgs.msg import BoundingBox3D, Detection3D, Detection3DArray, ObjectHypothesis, ObjectHypothesisWithPose
 from visualization_msgs.msg import Marker, MarkerArray
 
+from nope_ros.draw import viewing_directions
 from nope_ros.frame import LARGEST_SIDE, Camera, DistortionModel, InputError
 from nope_ros.msg import ObjectPose, ObjectPoseArray, PoseDistribution, PoseMode
 from nope_ros.node import distro
@@ -51,11 +51,6 @@ _AXES = ((0.9, 0.1, 0.1), (0.1, 0.7, 0.1), (0.15, 0.35, 1.0))
 
 
 # --- in -------------------------------------------------------------------------------------------------------------
-
-
-def nanoseconds(stamp: Time) -> int:
-    """A stamp as one number."""
-    return int(stamp.sec) * 1_000_000_000 + int(stamp.nanosec)
 
 
 def image_array(message: Image | CompressedImage) -> NDArray[np.uint8]:
@@ -127,7 +122,7 @@ def checked_stamp(kind: str, header: Header) -> int:
     Raises:
         InputError: if there is none. All would be taken for the same moment.
     """
-    stamp = nanoseconds(header.stamp)
+    stamp = distro.nanoseconds(header.stamp)
     if stamp == 0 and kind != "camera_info":
         raise InputError(f"{kind}: header.stamp is zero, so nothing tells which image and mask belong together; set it")
     return stamp
@@ -392,6 +387,16 @@ def image(header: Header, rgb: NDArray[np.uint8]) -> Image:
     return Image(header=header, height=height, width=width, encoding="rgb8", step=3 * width, data=data)
 
 
+def mask(header: Header, ids: NDArray[np.uint16] | NDArray[np.bool_]) -> Image:
+    """A mask (H, W): instance ids as 16UC1, that of one object (bool) as mono8."""
+    height, width = ids.shape
+    encoding, pixels = ("mono8", ids * np.uint8(255)) if ids.dtype == np.bool_ else ("16UC1", ids.astype("<u2"))
+    step = width * pixels.itemsize
+    return Image(
+        header=header, height=height, width=width, encoding=encoding, step=step, data=array("B", pixels.tobytes())
+    )
+
+
 def markers(header: Header, estimates: Iterable[tuple[PoseEstimate, float]], gone: Collection[str] = ()) -> MarkerArray:
     """Axes, a sphere of probabilities and an ellipsoid of the position's covariance for each object.
 
@@ -435,8 +440,7 @@ def _axes(header: Header, estimate: PoseEstimate, length: float) -> Marker:
 
 def viewpoint_masses(estimate: PoseEstimate, directions: Array) -> Array:
     """Probability (D,) that the camera, seen from the object, is in each of the directions (D, 3), object frame."""
-    t = estimate.t_camera_object
-    towards = -np.einsum("nij,i->nj", estimate.orientations, t / np.linalg.norm(t))
+    towards = viewing_directions(estimate.orientations, estimate.t_camera_object)
     nearest = np.argmax(towards @ directions.T, axis=1)
     masses = np.bincount(nearest, weights=estimate.distribution.probabilities, minlength=len(directions))
     return masses.astype(np.float64)

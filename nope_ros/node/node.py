@@ -345,13 +345,8 @@ class NopeNode(LifecycleNode):
             self._transforms.history = self._history
         if self._imu is not None:
             self._imu.history = self._history
-        vector = np.array(settings.gravity_vector)
-        self._gravity = Gravity(
-            vector=vector if vector.any() else None,
-            frame=settings.gravity_frame,
-            imu=self._imu,
-            transforms=self._transforms,
-            timeout=settings.gravity_timeout,
+        self._gravity = Gravity.of(
+            settings, imu=self._imu, transforms=self._transforms, timeout=settings.gravity_timeout
         )
 
     @property
@@ -375,10 +370,7 @@ class NopeNode(LifecycleNode):
     def _receive_imu(self, message: Imu) -> None:
         imu = self._imu  # deactivation takes it away at any time
         if imu is not None:
-            felt = message.linear_acceleration
-            acceleration = np.array([felt.x, felt.y, felt.z])
-            stamp = messages.nanoseconds(message.header.stamp)
-            imu.add(ImuSample(stamp, acceleration, message.header.frame_id))
+            imu.add(ImuSample.of(message))
 
     # --- the worker -------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ import numpy as np
 from nope_ros.estimator import PoseEstimator, RegisteredObject
 from nope_ros.frame import Frame, InputError
 from nope_ros.node import messages
+from nope_ros.node.distro import nanoseconds
 from nope_ros.node.gravity import Gravity
 from nope_ros.node.pairing import Match
 from nope_ros.srv import RegisterObject
@@ -44,7 +45,7 @@ def requested_match(request: RegisterObject.Request, latest: Match | None) -> Ma
         missing = ", ".join(name for name, there in given.items() if not there)
         raise InputError(f"request: {missing} is empty; give image, mask and camera_info, or none for the latest frame")
     depth = request.depth if request.depth.height > 0 else None
-    stamp = messages.nanoseconds(request.image.header.stamp)
+    stamp = nanoseconds(request.image.header.stamp)
     return Match(stamp, request.image, request.mask, request.camera_info, depth)
 
 

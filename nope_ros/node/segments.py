@@ -25,13 +25,11 @@ import numpy as np
 from numpy.typing import NDArray
 from sensor_msgs.msg import Image
 
-from nope_ros.frame import InputError
+from nope_ros.frame import LARGEST_SIDE, InputError
 from nope_ros.node import messages
-from nope_ros.node.boxes import mask_message
 from nope_ros.node.complaints import Complaints
 
 _MOST_SEGMENTS = 1000
-_LONGEST_SIDE = 16384
 
 
 def instance_ids(message: Any, classes: Collection[str] = ()) -> NDArray[np.uint16] | None:
@@ -74,7 +72,7 @@ def instance_ids(message: Any, classes: Collection[str] = ()) -> NDArray[np.uint
 def _filled(mask: Any) -> NDArray[np.bool_]:
     """A polygon's inside (H, W)."""
     height, width = int(mask.height), int(mask.width)
-    if not (0 < height <= _LONGEST_SIDE and 0 < width <= _LONGEST_SIDE):
+    if not (0 < height <= LARGEST_SIDE and 0 < width <= LARGEST_SIDE):
         raise InputError(
             f"segments: a mask of {width}x{height} px; is the model one that segments (yolov8m-seg.pt, not yolov8m.pt)?"
         )
@@ -83,7 +81,7 @@ def _filled(mask: Any) -> NDArray[np.bool_]:
         raise InputError("segments: a polygon has points that are not finite")
     layer = np.zeros((height, width), np.uint8)
     if len(points) >= 3:
-        corners = np.clip(points, -_LONGEST_SIDE, 2 * _LONGEST_SIDE).round().astype(np.int32)
+        corners = np.clip(points, -LARGEST_SIDE, 2 * LARGEST_SIDE).round().astype(np.int32)
         cv2.fillPoly(layer, [corners], 1)
     return layer > 0
 
@@ -142,7 +140,7 @@ def main(arguments: list[str] | None = None) -> int:
             elif self._nothing is None or self._nothing.shape != ids.shape:
                 self._nothing = np.zeros_like(ids)
             if ids is not None:
-                self._mask.publish(mask_message(message.header, ids))
+                self._mask.publish(messages.mask(message.header, ids))
 
     return run("mask_from_segments", MaskFromSegments, arguments)
 
