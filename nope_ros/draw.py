@@ -324,7 +324,7 @@ class Globe:
 
 
 @dataclass(frozen=True)
-class View:
+class Viewpoint:
     """A viewpoint to mark: which one, its direction (3,) in the object frame, and its roll in radians."""
 
     kind: MarkKind
@@ -332,7 +332,7 @@ class View:
     roll: float
 
     @classmethod
-    def of(cls, kind: MarkKind, R_camera_object: Array, t_camera_object: Array, globe: Globe) -> View:
+    def of(cls, kind: MarkKind, R_camera_object: Array, t_camera_object: Array, globe: Globe) -> Viewpoint:
         """The viewpoint of a pose."""
         ray = _unit(t_camera_object)
         direction = viewing_directions(R_camera_object[None], ray)[0]
@@ -394,7 +394,7 @@ def draw_globe(
     size: int,
     *,
     behind: bool = False,
-    views: Sequence[View] = (),
+    viewpoints: Sequence[Viewpoint] = (),
 ) -> Picture:
     """One hemisphere of viewing directions coloured by probability, (size, size, 3).
 
@@ -404,7 +404,7 @@ def draw_globe(
         globe: how the globe is turned.
         size: side of the picture, pixels.
         behind: the far hemisphere, as seen by someone who walked round to it.
-        views: marked where they lie on this hemisphere.
+        viewpoints: marked where they lie on this hemisphere.
     """
     fine = 2 * size
     near, weight, shading, coverage = _hemisphere(fine, tuple(map(float, globe.front)), behind)
@@ -416,8 +416,8 @@ def draw_globe(
     picture = canvas.astype(np.uint8)
     picture = _graticule(picture, globe, behind)
     picture = cv2.resize(picture, (size, size), interpolation=cv2.INTER_AREA)
-    for view in views:
-        _draw_view(picture, view, globe, behind)
+    for viewpoint in viewpoints:
+        _draw_viewpoint(picture, viewpoint, globe, behind)
     return picture
 
 
@@ -473,10 +473,10 @@ def _graticule(picture: Picture, globe: Globe, behind: bool) -> Picture:
     return canvas
 
 
-def _draw_view(picture: Picture, view: View, globe: Globe, behind: bool) -> None:
-    pixel, here = globe_pixel(view.direction, globe, picture.shape[0], behind)
+def _draw_viewpoint(picture: Picture, viewpoint: Viewpoint, globe: Globe, behind: bool) -> None:
+    pixel, here = globe_pixel(viewpoint.direction, globe, picture.shape[0], behind)
     if here:
-        _mark(picture, view.kind, pixel, max(5.0, picture.shape[0] / 34))
+        _mark(picture, viewpoint.kind, pixel, max(5.0, picture.shape[0] / 34))
 
 
 def _mark(picture: Picture, kind: MarkKind, pixel: Array, radius: float) -> None:
@@ -498,7 +498,7 @@ def _mark(picture: Picture, kind: MarkKind, pixel: Array, radius: float) -> None
             cv2.polylines(picture, [_fixed(square)], True, paint, line, cv2.LINE_AA, _SHIFT)
 
 
-def draw_dial(angles: Array, probabilities: Array, size: int, views: Sequence[View] = ()) -> Picture:
+def draw_dial(angles: Array, probabilities: Array, size: int, viewpoints: Sequence[Viewpoint] = ()) -> Picture:
     """Probability of the roll as bars around a circle (size, size, 3): upright at the top, clockwise as seen."""
     fine = 2 * size
     canvas = np.full((fine, fine, 3), BACKGROUND, np.uint8)
@@ -519,16 +519,16 @@ def draw_dial(angles: Array, probabilities: Array, size: int, views: Sequence[Vi
     for i in range(12):
         ends = np.array([centre + r * _clock(i * np.pi / 6) for r in (outer + 4, outer + (14 if i % 3 == 0 else 9))])
         cv2.polylines(canvas, [_fixed(ends)], False, FAINT, 3 if i % 3 == 0 else 2, cv2.LINE_AA, _SHIFT)
-    for view in views:
-        if view.kind == "estimate":
-            hand = np.array([centre, centre + 0.86 * inner * _clock(view.roll)])
+    for viewpoint in viewpoints:
+        if viewpoint.kind == "estimate":
+            hand = np.array([centre, centre + 0.86 * inner * _clock(viewpoint.roll)])
             cv2.polylines(canvas, [_fixed(hand)], False, _MARKS["estimate"][0], round(fine / 64), cv2.LINE_AA, _SHIFT)
             _disc(canvas, centre, fine / 46, _MARKS["estimate"][0])
     picture: Picture = cv2.resize(canvas, (size, size), interpolation=cv2.INTER_AREA)
-    for view in views:
-        if view.kind != "estimate":
-            position = centre / 2 + 0.5 * (outer - inner + 2 * inner) / 2 * _clock(view.roll)
-            _mark(picture, view.kind, position, max(4.0, size / 26))
+    for viewpoint in viewpoints:
+        if viewpoint.kind != "estimate":
+            position = centre / 2 + 0.5 * (outer - inner + 2 * inner) / 2 * _clock(viewpoint.roll)
+            _mark(picture, viewpoint.kind, position, max(4.0, size / 26))
     return picture
 
 
@@ -546,7 +546,7 @@ def draw_distribution(
     probabilities: Array,
     ray: Array,
     globe: Globe,
-    views: Sequence[View] = (),
+    viewpoints: Sequence[Viewpoint] = (),
     *,
     width: int = 420,
     title: str = "",
@@ -559,7 +559,7 @@ def draw_distribution(
         probabilities: (N,), their mass.
         ray: (3,) direction in which the camera sees the object, camera axes.
         globe: how the globe is turned.
-        views: what to mark.
+        viewpoints: what to mark.
         width: of the picture, pixels.
         title: line above.
         note: line below it, smaller.
@@ -573,7 +573,7 @@ def draw_distribution(
     _text(canvas, note, (16 * unit, 45 * unit), text, SOFT, anchor="lm")
     top = round(64 * unit)
     for behind, left in ((False, round(9 * unit)), (True, round(215 * unit))):
-        picture = draw_globe(directions, probabilities, globe, globe_size, behind=behind, views=views)
+        picture = draw_globe(directions, probabilities, globe, globe_size, behind=behind, viewpoints=viewpoints)
         canvas[top : top + globe_size, left : left + globe_size] = picture
         caption = "the far side" if behind else "the reference's side"
         _text(canvas, caption, (left + globe_size / 2, top + globe_size + 14 * unit), text, SOFT, anchor="mm")
@@ -581,13 +581,13 @@ def draw_distribution(
     dial_top, dial_left = round(306 * unit), round(32 * unit)
     angles = rolls(R_camera_object, ray, globe)
     canvas[dial_top : dial_top + dial_size, dial_left : dial_left + dial_size] = draw_dial(
-        angles, probabilities, dial_size, views
+        angles, probabilities, dial_size, viewpoints
     )
     _text(
         canvas, "in-plane turn", (dial_left + dial_size / 2, dial_top + dial_size + 9 * unit), text, SOFT, anchor="mm"
     )
     x, y = 236 * unit, 326 * unit
-    for kind in dict.fromkeys(view.kind for view in views):
+    for kind in dict.fromkeys(viewpoint.kind for viewpoint in viewpoints):
         _mark(canvas, kind, np.array([x, y]), 5.5 * unit)
         _text(canvas, _MARKS[kind][1], (x + 16 * unit, y), text, SOFT, anchor="lm")
         y += 25 * unit

@@ -15,16 +15,16 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Literal
 
-Stage = Literal["read", "crop", "encode", "match", "pose", "refine", "publish"]
+TimedStage = Literal["read", "crop", "encode", "match", "pose", "refine", "publish"]
 
 # Of the thread that asked, so that a registration in another one is not counted.
-_collected: ContextVar[dict[Stage, float] | None] = ContextVar("collected", default=None)
+_collected: ContextVar[dict[TimedStage, float] | None] = ContextVar("collected", default=None)
 
 
 @contextmanager
-def timed() -> Iterator[dict[Stage, float]]:
+def timed() -> Iterator[dict[TimedStage, float]]:
     """Collect seconds by stage from everything this thread does in the block."""
-    seconds: dict[Stage, float] = {}
+    seconds: dict[TimedStage, float] = {}
     token = _collected.set(seconds)
     try:
         yield seconds
@@ -35,8 +35,8 @@ def timed() -> Iterator[dict[Stage, float]]:
 class stage:
     """Marks a block as a stage. Blocks of one name add up; a block within another counts for both."""
 
-    def __init__(self, name: Stage) -> None:
-        self._name: Stage = name
+    def __init__(self, name: TimedStage) -> None:
+        self._name: TimedStage = name
 
     def __enter__(self) -> None:
         self._begin = time.perf_counter()

@@ -201,7 +201,7 @@ def test_distribution_and_panel_have_their_sizes():
     R = look_at(icosphere(2))
     ray = np.array([0, 0, 1.0])
     globe = draw.Globe.around(np.array([1.0, 0, 0]), Z_UP)
-    views = [draw.View.of("reference", R[0], ray, globe), draw.View.of("estimate", R[5], ray, globe)]
+    views = [draw.Viewpoint.of("reference", R[0], ray, globe), draw.Viewpoint.of("estimate", R[5], ray, globe)]
     picture = draw.draw_distribution(R, np.full(len(R), 1 / len(R)), ray, globe, views, title="t", note="n")
     assert picture.shape == (480, 420, 3)
     panel = draw.draw_panel(grey(100, 130), grey(), picture, facts=[("a", "b")], query_title="q")

@@ -24,7 +24,7 @@ from nope_ros.node.estimation import Result, Seen, estimate
 from nope_ros.node.gravity import Gravity
 from nope_ros.node.messages import image_array
 from nope_ros.node.outputs import Outputs
-from nope_ros.node.pairing import Match
+from nope_ros.node.pairing import FrameMessages
 from nope_ros.node.parameters import Settings
 from nope_ros.node.registration import reference_frame
 from nope_ros.pose import PoseEstimate
@@ -49,17 +49,19 @@ def objects(estimator: PoseEstimator) -> list[RegisteredObject]:
     ]
 
 
-def match(image: np.ndarray, mask: np.ndarray, camera: np.ndarray = K, encoding: str = "mono8", **info: Any) -> Match:
+def received(
+    image: np.ndarray, mask: np.ndarray, camera: np.ndarray = K, encoding: str = "mono8", **info: Any
+) -> FrameMessages:
     calibration = camera_info_message(camera=camera)
     for name, value in info.items():
         setattr(calibration, name, value)
-    return Match(0, image_message(image, "rgb8"), image_message(mask, encoding), calibration)
+    return FrameMessages(0, image_message(image, "rgb8"), image_message(mask, encoding), calibration)
 
 
 def run(
     estimator: PoseEstimator,
     objects: Sequence[RegisteredObject],
-    frame: Match,
+    frame: FrameMessages,
     gravity: Gravity | None = None,
     **more: Any,
 ) -> tuple[Result, list[str]]:
@@ -72,7 +74,7 @@ def run(
 def test_objects_without_gravity_get_what_they_can(estimator: PoseEstimator, objects: list[RegisteredObject]) -> None:
     ids = np.zeros((HEIGHT, WIDTH), np.uint16)
     ids[80:150, 60:120], ids[80:150, 200:260] = 1, 2
-    frame = match(scene()[0], ids, encoding="16UC1")
+    frame = received(scene()[0], ids, encoding="16UC1")
     gravity = Gravity(vector=DOWN)
 
     def priors(result: Result) -> dict[str, str]:
@@ -94,11 +96,11 @@ def test_what_was_chosen_is_refined(
 ) -> None:
     image, mask = scene()
     monkeypatch.setattr(estimator.predictor, "temperature", 1e-6)  # sure of itself, as a trained one is
-    result, said = run(estimator, objects[:1], match(image, mask), Gravity(vector=DOWN), refinement="synthesis")
+    result, said = run(estimator, objects[:1], received(image, mask), Gravity(vector=DOWN), refinement="synthesis")
     assert [one.estimate.stage for one in result.seen] == ["synthesis"] and not said
-    result, said = run(estimator, objects[:1], match(image, mask), Gravity(vector=DOWN))
+    result, said = run(estimator, objects[:1], received(image, mask), Gravity(vector=DOWN))
     assert [one.estimate.stage for one in result.seen] == ["offsets"] and not said, "correspondence, by default"
-    result, _ = run(estimator, objects[:1], match(image, mask), Gravity(vector=DOWN), refinement="none")
+    result, _ = run(estimator, objects[:1], received(image, mask), Gravity(vector=DOWN), refinement="none")
     assert [one.estimate.stage for one in result.seen] == ["template"]
 
 
@@ -111,7 +113,7 @@ def test_the_overlay_shows_the_refined_axes(
     turn = cv2.getRotationMatrix2D((WIDTH / 2, HEIGHT / 2), 8.0, 1.0)  # half way between rolls of the grid
     turned = [cv2.warpAffine(one, turn, (WIDTH, HEIGHT)) for one in (image, mask.astype(np.uint8) * 255)]
     for refinement in ("none", "synthesis"):
-        result, _ = run(estimator, objects[1:], match(turned[0], turned[1]), refinement=refinement)
+        result, _ = run(estimator, objects[1:], received(turned[0], turned[1]), refinement=refinement)
         (one,) = result.seen
         found[refinement] = one, result
     (template, _), (refined, result) = found.values()
@@ -133,7 +135,7 @@ def test_objects_are_followed_if_the_parameters_say_so(
     tracker = Tracker()
 
     def followed(stamp: float, **more: Any) -> tuple[list[PoseEstimate], list[str]]:
-        frame = replace(match(image, mask), stamp=int(stamp * 1e9))
+        frame = replace(received(image, mask), stamp=int(stamp * 1e9))
         said: list[str] = []
         usual: dict[str, Any] = {"refinement": "none", "tracking_enabled": True, "tracking_fixed_frame": "odom"}
         settings = replace(ANYTHING, **{**usual, **more})
@@ -165,7 +167,7 @@ def test_objects_are_followed_if_the_parameters_say_so(
 def test_small_instances_are_left_out_aloud(estimator: PoseEstimator, objects: list[RegisteredObject]) -> None:
     ids = np.zeros((HEIGHT, WIDTH), np.uint16)
     ids[80:150, 60:120], ids[10:14, 10:14] = 5, 6
-    result, said = run(estimator, objects, match(scene()[0], ids, encoding="16UC1"))
+    result, said = run(estimator, objects, received(scene()[0], ids, encoding="16UC1"))
     assert [one.instance for one in result.seen] == [5]
     assert any("4x4 px" in text and "instance 6" in text for text in said)
 
@@ -174,27 +176,27 @@ def test_at_most_so_many_instances(estimator: PoseEstimator, objects: list[Regis
     ids = np.zeros((HEIGHT, WIDTH), np.uint16)
     ids[0] = np.arange(WIDTH) + 10  # a detector gone wild
     ids[50:200, 50:200] = 9
-    result, said = run(estimator, objects, match(scene()[0], ids, encoding="16UC1"), max_instances=3)
+    result, said = run(estimator, objects, received(scene()[0], ids, encoding="16UC1"), max_instances=3)
     assert [one.instance for one in result.seen] == [9]
     assert len(said) == 2, "two of the others were looked at"
 
 
 def test_nothing_registered_or_in_view(estimator: PoseEstimator, objects: list[RegisteredObject]) -> None:
     image, mask = scene()
-    assert run(estimator, [], match(image, mask))[0].seen == ()
-    result, said = run(estimator, objects, match(image, 0 * mask))
+    assert run(estimator, [], received(image, mask))[0].seen == ()
+    result, said = run(estimator, objects, received(image, 0 * mask))
     assert result.seen == () and said == ["mask: no pixel is set; is the object in view, and is the instance id right?"]
     speck = np.zeros_like(mask)
     speck[100:105, 100:105] = 255
-    result, said = run(estimator, objects, match(image, speck))
+    result, said = run(estimator, objects, received(image, speck))
     assert result.seen == () and said == ["mask: the object is only 5x5 px, at least 8x8 are needed; move closer"]
     with pytest.raises(InputError, match="mask: size 320x100"):
-        run(estimator, objects, match(image, 0 * mask[:100]))
+        run(estimator, objects, received(image, 0 * mask[:100]))
 
 
 def test_distortion_is_taken_out_once(estimator: PoseEstimator, objects: list[RegisteredObject]) -> None:
     image, mask = scene()
-    result, _ = run(estimator, objects, match(image, mask, d=[-0.3, 0.1, 0.0, 0.0, 0.0]))
+    result, _ = run(estimator, objects, received(image, mask, d=[-0.3, 0.1, 0.0, 0.0, 0.0]))
     assert not result.camera.distorted and not np.array_equal(result.image, image)
     assert result.seen[0].mask.sum() != (mask > 0).sum()
 
@@ -204,7 +206,7 @@ def test_instances_cut_by_the_sensor_are_told_through_a_pincushion_lens(
 ) -> None:
     ids = np.zeros((HEIGHT, WIDTH), np.uint16)
     ids[80:150, :60], ids[80:150, 150:210] = 1, 2
-    frame = match(scene()[0], ids, encoding="16UC1", d=[0.3, 0.0, 0.0, 0.0, 0.0])
+    frame = received(scene()[0], ids, encoding="16UC1", d=[0.3, 0.0, 0.0, 0.0, 0.0])
     result, said = run(estimator, objects, frame)
     assert {one.instance: one.estimate.truncated for one in result.seen} == {1: True, 2: False}
     assert len(said) == 1 and "instance 1 reaches the image's border" in said[0]
@@ -240,7 +242,7 @@ def test_no_calibration_and_no_mask_breaks_it(
     mask[y0:y1, x0:x1] = 255
     if seed:  # holes and specks, as segmentation leaves them
         mask[np.random.default_rng(seed).random(mask.shape) < 0.3 * seed] ^= 255
-    frame = match(scene()[0], mask, np.array([[fx, 0, cx], [0, fy or fx, cy], [0, 0, 1]]), d=distortion)
+    frame = received(scene()[0], mask, np.array([[fx, 0, cx], [0, fy or fx, cy], [0, 0, 1]]), d=distortion)
     try:
         result, _ = run(estimator, objects, frame, Gravity(vector=DOWN))
     except InputError:
@@ -256,17 +258,17 @@ def test_no_calibration_and_no_mask_breaks_it(
 
 def test_reference_frame() -> None:
     image, mask = scene()
-    frame = reference_frame(match(image, mask), 0, rectified=False)
+    frame = reference_frame(received(image, mask), 0, rectified=False)
     assert np.array_equal(frame.mask, mask > 0)
     ids = np.where(mask > 0, 7, 0).astype(np.uint16)
     for instance in (0, 7):
-        frame = reference_frame(match(image, ids, encoding="16UC1"), instance, rectified=False)
+        frame = reference_frame(received(image, ids, encoding="16UC1"), instance, rectified=False)
         assert np.array_equal(frame.mask, mask > 0)
     with pytest.raises(InputError, match="instance: 3 is not in the mask, which holds 7"):
-        reference_frame(match(image, ids, encoding="16UC1"), 3, rectified=False)
+        reference_frame(received(image, ids, encoding="16UC1"), 3, rectified=False)
     ids[0, 0] = 2
     with pytest.raises(InputError, match="holds 2, 7; say which"):
-        reference_frame(match(image, ids, encoding="16UC1"), 0, rectified=False)
+        reference_frame(received(image, ids, encoding="16UC1"), 0, rectified=False)
 
 
 @pytest.mark.parametrize("prior", ["free", "upright", "standing", None])
@@ -297,6 +299,6 @@ def test_twenty_objects_cost_little_more_than_one(gravity: Gravity, most: float)
     for _ in range(6):
         for count, spent in seconds.items():
             begin = time.process_time()
-            run(shipped, twenty[:count], match(image, mask), gravity)
+            run(shipped, twenty[:count], received(image, mask), gravity)
             spent.append(time.process_time() - begin)
     assert min(seconds[20]) < most * min(seconds[1]), seconds

@@ -57,7 +57,7 @@ from nope_ros.node.distro import nanoseconds
 from nope_ros.node.estimation import estimate
 from nope_ros.node.gravity import Gravity
 from nope_ros.node.outputs import Outputs
-from nope_ros.node.pairing import Match
+from nope_ros.node.pairing import FrameMessages
 from nope_ros.node.parameters import settings_from
 from nope_ros.node.registration import mesh_path, register
 from nope_ros.srv import ListObjects, RegisterObject, UnregisterObject
@@ -338,7 +338,7 @@ def test_out_of_gpu_memory(estimator: PoseEstimator, context: None, monkeypatch:
         told: list[str] = []
         node._complain = lambda problem: told.append(str(problem))  # type: ignore[assignment]
         node._session = SimpleNamespace(estimator=None, tracker=None)  # type: ignore[assignment]
-        node._process(Match(1, None, None, None))
+        node._process(FrameMessages(1, None, None, None))
         assert told and "out of memory" in told[0] and node.failure is None
     finally:
         node._session = None
@@ -492,7 +492,7 @@ def random_camera_info(draw: Any) -> CameraInfo:
 
 
 @st.composite
-def random_match(draw: Any) -> Match:
+def random_frame_messages(draw: Any) -> FrameMessages:
     """Messages each of which may be good or anything."""
     picture, silhouette = scene(draw(st.integers(0, 359)))
     jpeg = cv2.imencode(".png", picture)[1].tobytes()
@@ -509,7 +509,7 @@ def random_match(draw: Any) -> Match:
     )
     info = draw(st.just(camera_info_message()) | random_camera_info())
     depth = draw(st.none() | random_image(["32FC1", "16UC1", "mono16", "mono8"]))
-    return Match(draw(st.integers(0, 2**62)), image, mask, info, depth)
+    return FrameMessages(draw(st.integers(0, 2**62)), image, mask, info, depth)
 
 
 def test_random_messages(estimator: PoseEstimator) -> None:
@@ -526,11 +526,11 @@ def test_random_messages(estimator: PoseEstimator) -> None:
         derandomize=not LENGTH,
         suppress_health_check=list(HealthCheck),
     )
-    @given(random_match(), st.booleans())
-    def attack(match: Match, rectified: bool) -> None:
+    @given(random_frame_messages(), st.booleans())
+    def attack(received: FrameMessages, rectified: bool) -> None:
         told: list[object] = []
         try:
-            result = estimate(match, [known], estimator, node_settings, Gravity(), told.append)
+            result = estimate(received, [known], estimator, node_settings, Gravity(), told.append)
             outputs = Outputs(result, node_settings)
             for pose in outputs.poses().poses:
                 seen["poses"] += 1
@@ -542,7 +542,7 @@ def test_random_messages(estimator: PoseEstimator) -> None:
             assert str(error) and "\n" not in str(error) and len(str(error)) < 600
         request = RegisterObject.Request(object_id="cup")
         try:
-            register(estimator, request, match, Gravity(), rectified=rectified)
+            register(estimator, request, received, Gravity(), rectified=rectified)
         except InputError as error:
             assert str(error) and "\n" not in str(error)
 

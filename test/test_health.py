@@ -28,9 +28,9 @@ from nope_ros.node.health import (
     text,
     trouble,
 )
-from nope_ros.node.pairing import Counts, Match
+from nope_ros.node.pairing import Counts, FrameMessages
 from nope_ros.node.parameters import Settings
-from nope_ros.stopwatch import Stage, stage, timed
+from nope_ros.stopwatch import TimedStage, stage, timed
 
 SECOND = 10**9
 
@@ -39,7 +39,7 @@ SECOND = 10**9
 
 
 def test_stages_add_up_and_only_those_who_ask_are_told() -> None:
-    def work(name: Stage) -> None:
+    def work(name: TimedStage) -> None:
         with stage(name):
             time.sleep(0.01)
 
@@ -76,10 +76,12 @@ def test_every_stage_of_a_frame_is_measured(tmp_path: Any) -> None:
     image, mask = scene()
     estimator = PoseEstimator.from_pretrained(write_untrained_weights(tmp_path), device="cpu")
     known = [estimator.register(image, mask, K, object_id="mug")]
-    match = Match(0, image_message(image, "rgb8"), image_message(mask, "mono8"), camera_info_message())
+    received = FrameMessages(0, image_message(image, "rgb8"), image_message(mask, "mono8"), camera_info_message())
     begin = time.perf_counter()
     with timed() as seconds:
-        estimate(match, known, estimator, Settings(similarity_threshold=-1.0, refinement="synthesis"), Gravity(), print)
+        estimate(
+            received, known, estimator, Settings(similarity_threshold=-1.0, refinement="synthesis"), Gravity(), print
+        )
     whole = time.perf_counter() - begin
     assert set(seconds) == {"read", "crop", "encode", "match", "pose", "refine"}
     assert 0.7 * whole < sum(seconds.values()) <= whole, "next to nothing happens between the stages"

@@ -29,12 +29,12 @@ def test_complete_frame() -> None:
     assert pairs.take(0) is None, "no calibration yet"
     assert not pairs.calibrated
     add(pairs, "camera_info", 0.5)
-    match = pairs.take(0)
-    assert match is not None
-    assert (match.stamp, match.image, match.mask) == (SECOND, "image@1", "mask@1")
-    assert (match.camera_info, match.depth) == ("camera_info@0.5", None)
+    received = pairs.take(0)
+    assert received is not None
+    assert (received.stamp, received.image, received.mask) == (SECOND, "image@1", "mask@1")
+    assert (received.camera_info, received.depth) == ("camera_info@0.5", None)
     assert pairs.take(0) is None, "handed out once"
-    assert pairs.latest() == match, "and remembered"
+    assert pairs.latest() == received, "and remembered"
 
 
 def test_mask_three_seconds_late_finds_its_image() -> None:
@@ -43,8 +43,8 @@ def test_mask_three_seconds_late_finds_its_image() -> None:
     for step in range(91):  # 30 Hz for 3 s
         add(pairs, "image", step / 30)
     add(pairs, "mask", 0)
-    match = pairs.take(0)
-    assert match is not None and match.image == "image@0"
+    received = pairs.take(0)
+    assert received is not None and received.image == "image@0"
 
 
 def test_mask_before_image() -> None:
@@ -70,14 +70,14 @@ def test_newest_wins_and_the_rest_is_counted() -> None:
         add(pairs, "image", second)
     for second in (1, 2):
         add(pairs, "mask", second)
-    match = pairs.take(0)
-    assert match is not None and match.image == "image@2"
+    received = pairs.take(0)
+    assert received is not None and received.image == "image@2"
     assert (pairs.counts.taken, pairs.counts.skipped, pairs.counts.unmatched) == (1, 1, 0)
     add(pairs, "mask", 1)  # too late: a newer frame has been handed out
     assert pairs.take(0) is None
     add(pairs, "mask", 3)
-    match = pairs.take(0)
-    assert match is not None and match.image == "image@3"
+    received = pairs.take(0)
+    assert received is not None and received.image == "image@3"
 
 
 def test_image_without_mask_expires() -> None:
@@ -96,8 +96,8 @@ def test_calibration_of_the_same_stamp_is_preferred() -> None:
         add(pairs, "camera_info", second)
     add(pairs, "image", 2)
     add(pairs, "mask", 2)
-    match = pairs.take(0)
-    assert match is not None and match.camera_info == "camera_info@2"
+    received = pairs.take(0)
+    assert received is not None and received.camera_info == "camera_info@2"
 
 
 def test_depth_of_a_running_camera_is_waited_for() -> None:
@@ -107,12 +107,12 @@ def test_depth_of_a_running_camera_is_waited_for() -> None:
     for second in (1, 1.05):
         add(pairs, "image", second)
         add(pairs, "mask", second)
-    match = pairs.take(0)
-    assert match is not None and match.depth == "depth@1", "1.05 still waits"
+    received = pairs.take(0)
+    assert received is not None and received.depth == "depth@1", "1.05 still waits"
     assert pairs.take(0) is None
     add(pairs, "depth", 1.05)
-    match = pairs.take(0)
-    assert match is not None and match.depth == "depth@1.05"
+    received = pairs.take(0)
+    assert received is not None and received.depth == "depth@1.05"
 
 
 def test_depth_that_stopped_or_was_lost_holds_nothing_up() -> None:
@@ -123,12 +123,12 @@ def test_depth_that_stopped_or_was_lost_holds_nothing_up() -> None:
     add(pairs, "mask", 1.1)
     assert pairs.take(0) is None
     add(pairs, "image", 1.4)  # 0.3 s of images without depth
-    match = pairs.take(0)
-    assert match is not None and match.image == "image@1.1" and match.depth is None
+    received = pairs.take(0)
+    assert received is not None and received.image == "image@1.1" and received.depth is None
     add(pairs, "mask", 1.4)
     add(pairs, "depth", 1.5)  # the one of 1.4 was lost
-    match = pairs.take(0)
-    assert match is not None and match.image == "image@1.4" and match.depth is None
+    received = pairs.take(0)
+    assert received is not None and received.image == "image@1.4" and received.depth is None
 
 
 def test_of_a_recording_every_frame_is_handed_out() -> None:
@@ -161,8 +161,8 @@ def test_what_was_seen_before_the_clock_was_set_back_is_not_the_latest() -> None
     add(pairs, "image", 3)
     assert pairs.latest() is None
     add(pairs, "mask", 3)
-    match = pairs.latest()
-    assert match is not None and match.image == "image@3"
+    received = pairs.latest()
+    assert received is not None and received.image == "image@3"
 
 
 def test_a_frame_knows_when_it_was_found() -> None:
@@ -172,8 +172,8 @@ def test_a_frame_knows_when_it_was_found() -> None:
     begin = time.monotonic()
     pairs.take(0)
     time.sleep(0.02)
-    match = pairs.latest()
-    assert match is not None and begin <= match.found <= time.monotonic() - 0.02
+    received = pairs.latest()
+    assert received is not None and begin <= received.found <= time.monotonic() - 0.02
 
 
 def test_looped_bag_starts_over() -> None:
@@ -185,9 +185,9 @@ def test_looped_bag_starts_over() -> None:
     assert pairs.take(0) is not None
     add(pairs, "image", 10)
     add(pairs, "mask", 10)
-    match = pairs.take(0)
-    assert match is not None and match.image == "image@10"
-    assert match.camera_info == "camera_info@10", "the calibration outlives the jump"
+    received = pairs.take(0)
+    assert received is not None and received.image == "image@10"
+    assert received.camera_info == "camera_info@10", "the calibration outlives the jump"
     assert pairs.counts.restarts == 1
 
 
@@ -210,8 +210,8 @@ def test_full_buffer_is_thinned_and_keeps_the_old_end() -> None:
     assert pairs.counts.thinned > 0
     for step in range(30):
         add(pairs, "mask", step / 10, size=0)
-    match = pairs.take(0)
-    assert match is not None and match.image == "image@2.9"
+    received = pairs.take(0)
+    assert received is not None and received.image == "image@2.9"
 
 
 def test_slow_detector_and_small_buffer_still_give_poses() -> None:
@@ -271,15 +271,15 @@ def test_any_order_of_arrival(arrivals: list[tuple[Any, int, int]]) -> None:
     last, restarts = -1, 0
     for kind, tenth, size in arrivals:
         if kind == "take":
-            match = pairs.take(0)
-            if match is not None:
-                assert match.image == ("image", tenth_of(match.stamp))
-                assert match.mask == ("mask", tenth_of(match.stamp))
-                assert match.depth in (None, ("depth", tenth_of(match.stamp)))
-                assert match.camera_info[0] == "camera_info"
+            received = pairs.take(0)
+            if received is not None:
+                assert received.image == ("image", tenth_of(received.stamp))
+                assert received.mask == ("mask", tenth_of(received.stamp))
+                assert received.depth in (None, ("depth", tenth_of(received.stamp)))
+                assert received.camera_info[0] == "camera_info"
                 if pairs.counts.restarts == restarts:
-                    assert match.stamp >= last
-                last, restarts = match.stamp, pairs.counts.restarts
+                    assert received.stamp >= last
+                last, restarts = received.stamp, pairs.counts.restarts
         else:
             pairs.add(kind, tenth * SECOND // 10, (kind, tenth), size)
         assert pairs.held_bytes <= max(capacity, 3 * 60), "more than the capacity only for one frame that is larger"

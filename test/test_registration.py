@@ -13,16 +13,16 @@ from node_process import camera_info_message, image_message
 from nope_ros.frame import InputError
 from nope_ros.node import stream
 from nope_ros.node.gravity import Gravity
-from nope_ros.node.pairing import Match
-from nope_ros.node.registration import STALE, requested_match
+from nope_ros.node.pairing import FrameMessages
+from nope_ros.node.registration import STALE, requested_messages
 from nope_ros.srv import RegisterFromStream, RegisterObject
 
 
-def frame(stamp: int = 1, mask: Any = None) -> Match:
+def frame(stamp: int = 1, mask: Any = None) -> FrameMessages:
     shown = np.zeros((240, 320), np.uint8)
     shown[80:160, 100:200] = 255
     image = np.full((240, 320, 3), 90, np.uint8)
-    return Match(
+    return FrameMessages(
         stamp,
         image_message(image, "rgb8", stamp),
         image_message(shown if mask is None else mask, "mono8", stamp),
@@ -33,11 +33,11 @@ def frame(stamp: int = 1, mask: Any = None) -> Match:
 def test_the_latest_frame_is_taken_only_while_it_is_new() -> None:
     request = RegisterObject.Request(object_id="mug")
     new, old = frame(), replace(frame(), found=time.monotonic() - STALE - 1)
-    assert requested_match(request, new) is new
+    assert requested_messages(request, new) is new
     with pytest.raises(InputError, match=r"of 61 s ago.*does the segmentation still run"):
-        requested_match(request, old)
+        requested_messages(request, old)
     with pytest.raises(InputError, match="no frame"):
-        requested_match(request, None)
+        requested_messages(request, None)
 
 
 def test_a_walk_that_nobody_ends_does_not_grow(monkeypatch: pytest.MonkeyPatch) -> None:

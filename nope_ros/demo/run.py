@@ -142,7 +142,7 @@ class Pictures:
         self._R_object_drawn = run.reference_R.T @ chosen.R_camera_object
         direction = draw.viewing_directions(run.reference_R[None], chosen.t_camera_object)[0]
         self._globe = draw.Globe.around(direction, self._R_object_drawn[:, 2])
-        self._view = draw.View.of("reference", run.reference_R, chosen.t_camera_object, self._globe)
+        self._viewpoint = draw.Viewpoint.of("reference", run.reference_R, chosen.t_camera_object, self._globe)
 
     def overlay(self, moment: Moment, shown: Shown, width: int, height: int) -> draw.Picture:
         """A frame, or its part around a small object, with outline and axes."""
@@ -175,12 +175,12 @@ class Pictures:
             return np.full((height, width, 3), draw.BACKGROUND, np.uint8)
         xyzw = np.array([[q.x, q.y, q.z, q.w] for q in distribution.orientations])
         R, t = self._pose(pose.pose.pose)
-        views = [self._view]
+        viewpoints = [self._viewpoint]
         truth = shown.answer.truth
         if truth is not None and self._reference_truth is not None:
             delta = truth.R_camera_object @ self._reference_truth.R_camera_object.T
-            views.append(draw.View.of("truth", delta @ self._R_reference, truth.t_camera_object, self._globe))
-        views.append(draw.View.of("estimate", R, t, self._globe))
+            viewpoints.append(draw.Viewpoint.of("truth", delta @ self._R_reference, truth.t_camera_object, self._globe))
+        viewpoints.append(draw.Viewpoint.of("estimate", R, t, self._globe))
         prior = {"standing": "standing (gravity known)", "upright": "upright (gravity known)"}.get(
             pose.prior, pose.prior
         )
@@ -189,7 +189,7 @@ class Pictures:
             np.array(distribution.probabilities),
             t,
             self._globe,
-            views,
+            viewpoints,
             width=width,
             title="seen from where?",
             note=f"prior: {prior} · {_ANSWERS[Ambiguity(pose.ambiguity)]}",

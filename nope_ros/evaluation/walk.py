@@ -23,7 +23,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from nope_ros.draw import Globe, draw_distribution, zoomed
-from nope_ros.draw import View as MarkedView
+from nope_ros.draw import Viewpoint as MarkedView
 from nope_ros.estimator import PoseEstimator, RegisteredObject
 from nope_ros.evaluation.metrics import PairScore, Scores, calibration
 from nope_ros.evaluation.protocol import EvaluationObject, EvaluationSet, View, generator

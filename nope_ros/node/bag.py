@@ -48,7 +48,7 @@ from nope_ros.node.estimation import estimate, load_estimator, use_threads
 from nope_ros.node.gravity import Gravity, ImuGravity, ImuSample
 from nope_ros.node.interfaces import deserialized, serialized
 from nope_ros.node.outputs import Outputs
-from nope_ros.node.pairing import Kind, Match, Pairing
+from nope_ros.node.pairing import FrameMessages, Kind, Pairing
 from nope_ros.node.parameters import Settings
 from nope_ros.node.registration import register
 from nope_ros.srv import RegisterObject
@@ -133,7 +133,7 @@ class Summary:
 class Moment:
     """A frame, when the last of its messages was recorded (ns), and what tells its gravity."""
 
-    match: Match
+    received: FrameMessages
     recorded: int
     gravity: Gravity
 
@@ -195,15 +195,15 @@ def moments(job: Job, complain: Callable[[object], object] = lambda problem: Non
                     complain(error)
                     continue
                 pairing.add(kind, stamp, message, 0 if kind == "camera_info" else len(message.data))
-                while (match := pairing.take(timeout=0)) is not None:
-                    complete.append(Moment(match, when, gravity))
+                while (received := pairing.take(timeout=0)) is not None:
+                    complete.append(Moment(received, when, gravity))
             elif connection.msgtype == _TF and tree is not None:
                 tree.take(message, static=False)
             elif imu is not None:
                 imu.add(ImuSample.of(message))
         pairing.finish()
-        while (match := pairing.take(timeout=0)) is not None:
-            complete.append(Moment(match, when, gravity))
+        while (received := pairing.take(timeout=0)) is not None:
+            complete.append(Moment(received, when, gravity))
         yield from complete
 
 
@@ -357,7 +357,7 @@ def _objects(job: Job, estimator: PoseEstimator, complain: Complaints) -> list[R
     if job.reference is not None:
         wanted = job.reference
         check_object_id(wanted.object_id)
-        seen = (moment for moment in moments(job) if messages.mask_array(moment.match.mask).any())
+        seen = (moment for moment in moments(job) if messages.mask_array(moment.received.mask).any())
         moment = next(islice(seen, wanted.frame, None), None)
         if moment is None:
             raise InputError(f"{job.source}: has no frame {wanted.frame} with a mask to register from")
@@ -368,7 +368,7 @@ def _objects(job: Job, estimator: PoseEstimator, complain: Complaints) -> list[R
             object_diameter=wanted.diameter,
         )
         rectified = job.settings.rectified
-        objects[wanted.object_id] = register(estimator, request, moment.match, moment.gravity, rectified=rectified)
+        objects[wanted.object_id] = register(estimator, request, moment.received, moment.gravity, rectified=rectified)
     if not objects:
         raise InputError("no object to look for: name a store that holds one, or register one with --id")
     return list(objects.values())
@@ -392,7 +392,7 @@ def _frame(
     complain: Complaints,
 ) -> Entry:
     try:
-        result = estimate(moment.match, objects, estimator, job.settings, moment.gravity, complain, tracker)
+        result = estimate(moment.received, objects, estimator, job.settings, moment.gravity, complain, tracker)
     except InputError as error:
         complain(error)
         return Entry([], marked, 0)

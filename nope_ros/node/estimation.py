@@ -17,7 +17,7 @@ from nope_ros.frame import Camera, Frame, InputError, NothingSeenError
 from nope_ros.node import messages
 from nope_ros.node.distro import TransformError
 from nope_ros.node.gravity import Gravity
-from nope_ros.node.pairing import Match
+from nope_ros.node.pairing import FrameMessages
 from nope_ros.node.parameters import Settings
 from nope_ros.pose import PoseEstimate
 from nope_ros.prior import Prior
@@ -107,7 +107,7 @@ def load_estimator(settings: Settings) -> PoseEstimator:
 
 
 def estimate(
-    match: Match,
+    received: FrameMessages,
     objects: Sequence[RegisteredObject],
     estimator: PoseEstimator,
     settings: Settings,
@@ -118,7 +118,7 @@ def estimate(
     """Find the registered objects in a frame.
 
     Args:
-        match: the frame's messages.
+        received: the frame's messages.
         objects: those to look for.
         estimator: the model.
         settings: thresholds and prior.
@@ -129,20 +129,20 @@ def estimate(
     Raises:
         InputError: if the frame cannot be used.
     """
-    header = match.image.header
+    header = received.image.header
     with stage("read"):
-        scene = read(match, settings, complain)
+        scene = read(received, settings, complain)
     instances, frames = list(scene.instances), list(scene.instances.values())
     if not objects or not frames:
         return Result(header, scene.image, scene.camera, ())
-    down = gravity_at(gravity, header.frame_id, match.stamp, complain)
+    down = gravity_at(gravity, header.frame_id, received.stamp, complain)
     queries = [estimator.look(frame, down) for frame in frames]
     priors = [prior_of(one, settings, down is not None, complain) for one in objects]
     # Which instance is which object is told by similarities alone; a pose costs more, and one is made for each pair.
     similarity = np.array([estimator.similarities(query, objects) for query in queries])
     if tracker is not None:
         tracker.keep(objects if settings.tracking_enabled else ())
-    turned = orientation_of(header.frame_id, match.stamp, gravity, settings, complain)
+    R_fixed_camera = orientation_of(header.frame_id, received.stamp, gravity, settings, complain)
     seen = []
     for row, column in assign(similarity, settings.similarity_threshold):
         query, registered = queries[row], objects[column]
@@ -150,7 +150,7 @@ def estimate(
         following = tracker if settings.tracking_enabled else None
         if following is not None:
             with stage("pose"):
-                pose = following.update(query, registered, pose, match.stamp / 1e9, turned)
+                pose = following.update(query, registered, pose, received.stamp / 1e9, R_fixed_camera)
         pose = refined(query, registered, pose, estimator, settings, complain)
         if following is not None:
             pose = following.refined(query, registered, pose)
@@ -158,19 +158,19 @@ def estimate(
     return Result(header, scene.image, scene.camera, tuple(seen))
 
 
-def read(match: Match, settings: Settings, complain: Complain) -> Scene:
+def read(received: FrameMessages, settings: Settings, complain: Complain) -> Scene:
     """A frame's messages as arrays, undistorted, an instance at a time.
 
     Raises:
         InputError: if the frame cannot be used.
     """
-    messages.check_together(match.image, match.mask, match.camera_info)
-    image = messages.image_array(match.image)
-    camera = messages.camera(match.camera_info, rectified=settings.rectified)
-    ids = messages.mask_array(match.mask)
+    messages.check_together(received.image, received.mask, received.camera_info)
+    image = messages.image_array(received.image)
+    camera = messages.camera(received.camera_info, rectified=settings.rectified)
+    ids = messages.mask_array(received.mask)
     # The whole mask as one object: checks and undistorts the image once for all instances.
     try:
-        whole = Frame.from_arrays(image, ids, camera, depth_of(match, image.shape[:2], complain))
+        whole = Frame.from_arrays(image, ids, camera, depth_of(received, image.shape[:2], complain))
     except NothingSeenError as error:  # as when the object has left: whoever follows it is told of no pose
         complain(str(error))
         return Scene(camera.undistort(image), camera.without_distortion(), {})
@@ -191,12 +191,12 @@ def read(match: Match, settings: Settings, complain: Complain) -> Scene:
     return Scene(whole.image, whole.camera, instances)
 
 
-def depth_of(match: Match, shape: tuple[int, ...], complain: Complain) -> NDArray[np.float32] | None:
+def depth_of(received: FrameMessages, shape: tuple[int, ...], complain: Complain) -> NDArray[np.float32] | None:
     """The frame's depth (H, W), metres, or None, after a complaint where what came can't be used."""
-    if match.depth is None:
+    if received.depth is None:
         return None
     try:
-        depth = messages.depth_array(match.depth)
+        depth = messages.depth_array(received.depth)
     except InputError as error:
         complain(f"{error}; going on without depth")
         return None

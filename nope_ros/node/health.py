@@ -17,7 +17,7 @@ from nope_ros.node.estimation import Seen
 from nope_ros.node.outputs import Outputs
 from nope_ros.node.pairing import Counts, Kind
 from nope_ros.node.parameters import Settings
-from nope_ros.stopwatch import Stage
+from nope_ros.stopwatch import TimedStage
 
 # Times are told of this many frames.
 _FRAMES = 200
@@ -41,7 +41,7 @@ class FrameTimes:
 
     estimation: float
     age: float
-    stages: Mapping[Stage, float]
+    stages: Mapping[TimedStage, float]
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Times:
             "latency": [frame.estimation for frame in last],
             "stamp to pose": [frame.age for frame in last],
         }
-        for stage in Stage.__args__:  # type: ignore[attr-defined]
+        for stage in TimedStage.__args__:  # type: ignore[attr-defined]
             if any(stage in frame.stages for frame in last):
                 columns[stage] = [frame.stages.get(stage, 0.0) for frame in last]
         return {name: Percentiles(*(1000 * np.percentile(times, (50, 95)))) for name, times in columns.items()}

@@ -40,9 +40,9 @@ from nope_ros.node.estimation import estimate, load_estimator, use_threads
 from nope_ros.node.gravity import Gravity, ImuGravity, ImuSample
 from nope_ros.node.health import FrameTimes, Health, Meter, Rates, Sighting, Times
 from nope_ros.node.outputs import Outputs
-from nope_ros.node.pairing import Kind, Match, Pairing
+from nope_ros.node.pairing import FrameMessages, Kind, Pairing
 from nope_ros.node.process import PatientExecutor, stop_signal
-from nope_ros.node.registration import register, register_mesh, requested_match
+from nope_ros.node.registration import register, register_mesh, requested_messages
 from nope_ros.node.stream import StreamRegistration
 from nope_ros.srv import ListObjects, RegisterFromStream, RegisterObject, UnregisterObject
 from nope_ros.stopwatch import stage, timed
@@ -377,14 +377,14 @@ class NopeNode(LifecycleNode):
     def _work(self, stop: threading.Event) -> None:
         try:
             while not stop.is_set():
-                match = self._pairing.take(timeout=0.2)
-                if match is not None:
-                    self._process(match)
+                received = self._pairing.take(timeout=0.2)
+                if received is not None:
+                    self._process(received)
         except BaseException as error:
             self.failure = error  # raised again by the main thread: a node that is deaf must not look alive
             raise
 
-    def _process(self, match: Match) -> None:
+    def _process(self, received: FrameMessages) -> None:
         session, settings = self._session, self._settings
         if session is None:
             return
@@ -396,12 +396,12 @@ class NopeNode(LifecycleNode):
             if settings.fixed_frame != self._tracked_in:  # belief is of the frame it was gathered in
                 session.tracker.reset()
                 self._tracked_in = settings.fixed_frame
-            looked = stream is not None and stream.look(match, self._gravity, rectified=settings.rectified)
+            looked = stream is not None and stream.look(received, self._gravity, rectified=settings.rectified)
             if stream is not None and looked and self._wanted(topics.PROGRESS):
                 self._outputs[topics.PROGRESS].publish(stream.progress("collecting frames"))
             with timed() as seconds:
                 result = estimate(
-                    match, objects, session.estimator, settings, self._gravity, self._complain, session.tracker
+                    received, objects, session.estimator, settings, self._gravity, self._complain, session.tracker
                 )
                 outputs = Outputs(result, settings)
                 with stage("publish"):
@@ -412,7 +412,7 @@ class NopeNode(LifecycleNode):
         except Exception as error:  # one frame is not worth the node
             self._unforeseen(error)
             return
-        age = self.get_clock().now().nanoseconds - match.stamp
+        age = self.get_clock().now().nanoseconds - received.stamp
         self._times.add(FrameTimes(time.perf_counter() - begin, age / 1e9, seconds))
         for one in outputs.result.seen:
             object_id = one.registered.object_id
@@ -498,9 +498,9 @@ class NopeNode(LifecycleNode):
         if request.mesh_file:
             registered = register_mesh(session.estimator, request, settings.mesh_directory)
         else:
-            match = requested_match(request, self._pairing.latest())
-            age = time.monotonic() - match.found
-            registered = register(session.estimator, request, match, self._gravity, rectified=settings.rectified)
+            received = requested_messages(request, self._pairing.latest())
+            age = time.monotonic() - received.found
+            registered = register(session.estimator, request, received, self._gravity, rectified=settings.rectified)
         note = "" if registered.metric else "; its distance is unknown and is the unit of length"
         note += "" if registered.gravity_known else "; without gravity, so any orientation is possible"
         note += f"; from a frame of {age:.0f} s ago" if age > _FRESH else ""

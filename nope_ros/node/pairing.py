@@ -30,7 +30,7 @@ _CALIBRATIONS = 64
 
 
 @dataclass(frozen=True)
-class Match:
+class FrameMessages:
     """Messages that belong to one moment.
 
     Attributes:
@@ -91,7 +91,7 @@ class Pairing:
         self.every = every
         self._changed = threading.Condition()
         self._counts = Counts()
-        self._last: Match | None = None
+        self._last: FrameMessages | None = None
         self._forget()
 
     def _forget(self) -> None:
@@ -148,7 +148,7 @@ class Pairing:
                 self._thin(keep=stamp)
             self._changed.notify_all()
 
-    def take(self, timeout: float) -> Match | None:
+    def take(self, timeout: float) -> FrameMessages | None:
         """The newest complete frame, or the oldest with ``every``, waited for up to timeout seconds.
 
         Everything older is let go.
@@ -159,7 +159,7 @@ class Pairing:
             if not complete:
                 return None
             stamp = complete[0] if self.every else complete[-1]
-            self._last = self._match(stamp)
+            self._last = self._messages_of(stamp)
             self._taken_stamp = stamp
             self._count(taken=1)
             del self._held["image"][stamp], self._held["mask"][stamp]
@@ -167,11 +167,11 @@ class Pairing:
             self._held["depth"].pop(stamp, None)
             return self._last
 
-    def latest(self) -> Match | None:
+    def latest(self) -> FrameMessages | None:
         """The newest complete frame, handed out or not; it stays where it is."""
         with self._changed:
             complete = self._complete()
-            return self._match(complete[-1]) if complete else self._last
+            return self._messages_of(complete[-1]) if complete else self._last
 
     def finish(self) -> None:
         """Nothing more will come: frames no longer wait for their depth."""
@@ -248,11 +248,11 @@ class Pairing:
         running = stamp - self.patience <= self._newest_depth < stamp  # newer than stamp: this one was lost
         return running and self._newest_image - stamp < _DEPTH_PATIENCE
 
-    def _match(self, stamp: int) -> Match:
+    def _messages_of(self, stamp: int) -> FrameMessages:
         same = [message for other, message in self._calibrations if other == stamp]
         camera_info = same[-1] if same else self._calibrations[-1][1]
         depth = self._held["depth"].get(stamp)
-        return Match(
+        return FrameMessages(
             stamp=stamp,
             image=self._held["image"][stamp][0],
             mask=self._held["mask"][stamp][0],

@@ -13,14 +13,14 @@ from nope_ros.frame import Frame, InputError
 from nope_ros.node import messages
 from nope_ros.node.distro import nanoseconds
 from nope_ros.node.gravity import Gravity
-from nope_ros.node.pairing import Match
+from nope_ros.node.pairing import FrameMessages
 from nope_ros.srv import RegisterObject
 
 STALE = 60.0
 """Seconds after which the latest frame is no longer what stands before the camera."""
 
 
-def requested_match(request: RegisterObject.Request, latest: Match | None) -> Match:
+def requested_messages(request: RegisterObject.Request, latest: FrameMessages | None) -> FrameMessages:
     """The messages to register from: those of the request, or the latest frame if it has none.
 
     Raises:
@@ -46,32 +46,32 @@ def requested_match(request: RegisterObject.Request, latest: Match | None) -> Ma
         raise InputError(f"request: {missing} is empty; give image, mask and camera_info, or none for the latest frame")
     depth = request.depth if request.depth.height > 0 else None
     stamp = nanoseconds(request.image.header.stamp)
-    return Match(stamp, request.image, request.mask, request.camera_info, depth)
+    return FrameMessages(stamp, request.image, request.mask, request.camera_info, depth)
 
 
-def reference_frame(match: Match, instance: int, *, rectified: bool) -> Frame:
+def reference_frame(received: FrameMessages, instance: int, *, rectified: bool) -> Frame:
     """The frame that an object is registered from.
 
     Args:
-        match: its messages.
+        received: its messages.
         instance: id in the mask; 0: the only one there is.
         rectified: whether the image has been undistorted already.
 
     Raises:
         InputError: if it can't be, or shows the object in part only.
     """
-    messages.check_together(match.image, match.mask, match.camera_info)
-    ids = messages.mask_array(match.mask)
+    messages.check_together(received.image, received.mask, received.camera_info)
+    ids = messages.mask_array(received.mask)
     present = messages.instances(ids, at_most=20)
     if instance == 0 and len(present) > 1:
         raise InputError(f"instance: the mask holds {_listed(present)}; say which one is the object")
     if instance != 0 and present and instance not in present:
         raise InputError(f"instance: {instance} is not in the mask, which holds {_listed(present)}")
     frame = Frame.from_arrays(
-        messages.image_array(match.image),
+        messages.image_array(received.image),
         ids == instance if instance else ids,
-        messages.camera(match.camera_info, rectified=rectified),
-        None if match.depth is None else messages.depth_array(match.depth),
+        messages.camera(received.camera_info, rectified=rectified),
+        None if received.depth is None else messages.depth_array(received.depth),
     )
     if frame.touches_border:
         raise InputError("mask: the object reaches the image's border, a part of it is not seen; move it to the middle")
@@ -132,25 +132,30 @@ def register_mesh(estimator: PoseEstimator, request: RegisterObject.Request, fol
 
 
 def register(
-    estimator: PoseEstimator, request: RegisterObject.Request, match: Match, gravity: Gravity, *, rectified: bool
+    estimator: PoseEstimator,
+    request: RegisterObject.Request,
+    received: FrameMessages,
+    gravity: Gravity,
+    *,
+    rectified: bool,
 ) -> RegisteredObject:
     """Learn an object.
 
     Args:
         estimator: the model.
         request: everything but the messages.
-        match: the messages.
+        received: the messages.
         gravity: asked for the moment of the image where the request says nothing of it.
         rectified: whether the image has been undistorted already.
 
     Raises:
         InputError: naming what does not fit.
     """
-    frame = reference_frame(match, request.instance, rectified=rectified)
+    frame = reference_frame(received, request.instance, rectified=rectified)
     R, t = messages.pose_arrays(request.reference_pose) if request.use_reference_pose else (None, None)
     given = np.array([request.gravity.x, request.gravity.y, request.gravity.z])
     # That the node's source does not answer is an error here: an object registered without gravity lacks it for good.
-    down = given if given.any() else gravity.down(match.image.header.frame_id, match.stamp)
+    down = given if given.any() else gravity.down(received.image.header.frame_id, received.stamp)
     return estimator.register_frame(
         frame,
         object_id=request.object_id,

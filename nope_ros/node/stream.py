@@ -12,7 +12,7 @@ from nope_ros.frame import InputError
 from nope_ros.msg import RegistrationProgress
 from nope_ros.node.distro import TransformError, Transforms
 from nope_ros.node.gravity import Gravity
-from nope_ros.node.pairing import Match
+from nope_ros.node.pairing import FrameMessages
 from nope_ros.node.registration import reference_frame
 from nope_ros.srv import RegisterFromStream
 from nope_ros.video import KEYFRAMES, Pose, Walk
@@ -46,9 +46,9 @@ class StreamRegistration:
         self._told = 0  # refusals, of those that were noted
         self._full = False
 
-    def look(self, match: Match, gravity: Gravity, *, rectified: bool) -> bool:
+    def look(self, received: FrameMessages, gravity: Gravity, *, rectified: bool) -> bool:
         """Take in a frame; what is wrong with it is noted. False while the walk is closed."""
-        name = f"{match.stamp / 1e9:.3f}"
+        name = f"{received.stamp / 1e9:.3f}"
         with self._lock:
             if self._closed:
                 return False
@@ -58,19 +58,19 @@ class StreamRegistration:
                     self.walk.refuse(name, f"the walk has {MOST_FRAMES} frames already; stop it")
                 return True
             try:
-                frame = reference_frame(match, self._request.instance, rectified=rectified)
-                pose, down = self._placed(match, gravity)
+                frame = reference_frame(received, self._request.instance, rectified=rectified)
+                pose, down = self._placed(received, gravity)
             except (InputError, TransformError) as error:
                 self.walk.refuse(name, str(error))
             else:
                 self.walk.add(name, frame, gravity_camera=down, pose=pose)
         return True
 
-    def _placed(self, match: Match, gravity: Gravity) -> tuple[Pose | None, np.ndarray | None]:
-        camera = match.image.header.frame_id
+    def _placed(self, received: FrameMessages, gravity: Gravity) -> tuple[Pose | None, np.ndarray | None]:
+        camera = received.image.header.frame_id
         if self._transforms is None:
-            return None, gravity.down(camera, match.stamp)
-        pose = self._transforms.pose(camera, self._request.fixed_frame, match.stamp, gravity.timeout)
+            return None, gravity.down(camera, received.stamp)
+        pose = self._transforms.pose(camera, self._request.fixed_frame, received.stamp, gravity.timeout)
         return pose, -pose[0][:, 2]
 
     def end(self) -> None:
