@@ -7,6 +7,7 @@ to what the templates found. The network is ``nope_ros.models.correspondence``.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -263,7 +264,7 @@ class Look:
     @property
     def _known_already(self) -> bool:
         """Whether the rotation is: many frames say more of it than one comparison with one image does."""
-        return self.estimate.stage == "tracking" and self.registered.rendered is None
+        return self.estimate.tracked and self.registered.rendered is None
 
     @property
     def _believed_sigma(self) -> float:
@@ -374,7 +375,7 @@ class CorrespondenceRefiner:
         self.weights = weights
         self.network = network.eval().requires_grad_(False).to(device=self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.dtype = fastest_dtype(self.device)
-        self._views: OrderedDict[tuple[int, int], tuple[RegisteredObject, Views, Tensor | None]] = OrderedDict()
+        self._views: OrderedDict[tuple[int, int], _Cached] = OrderedDict()
         self._lock = threading.Lock()
 
     @classmethod
@@ -431,7 +432,7 @@ class CorrespondenceRefiner:
         trust, rho = self.trust(registered), query.crop.angular_radius
         modes = estimate.delta_modes
         # What earlier frames chose, one frame does not choose anew.
-        most = 1 if estimate.stage == "tracking" else trust.hypotheses
+        most = 1 if estimate.tracked else trust.hypotheses
         tried = tuple(mode for mode in modes[:most] if mode.probability > _LEAST_SHARE * modes[0].probability)
         turned = np.array([registered.angle_from_known(mode.R, query) for mode in tried])
         hypotheses = self._hypotheses(query, registered, tried)
@@ -531,9 +532,10 @@ class CorrespondenceRefiner:
             reference = sides.reference_at(view, registered.reference)
         key = (id(registered), view)
         with self._lock:
-            if key in self._views:
+            known = self._views.get(key)
+            if known is not None and known.registered() is registered:  # and not another that has its id now
                 self._views.move_to_end(key)
-                return R_view, reference, *self._views[key][1:]
+                return R_view, reference, known.views, known.depth
         with torch.inference_mode():
             grid = registered.depth if rendered is None else rendered.depth[view]
             rgba = np.dstack([registered.thumbnail, registered.mask]) if sides is None else sides.crops[view]
@@ -545,10 +547,21 @@ class CorrespondenceRefiner:
                 fine = torch.from_numpy(grid[np.ix_(at.astype(int), at.astype(int))].astype(np.float32)).to(self.device)
                 depth = fine.unflatten(0, (-1, along)).unflatten(2, (-1, along)).nanmean(dim=(1, 3)).flatten()[None]
         with self._lock:
-            self._views[key] = (registered, found, depth)  # the object too: while it is here, its id is its own
+            for old in [old for old, one in self._views.items() if one.registered() is None]:
+                del self._views[old]
+            self._views[key] = _Cached(weakref.ref(registered), found, depth)
             if len(self._views) > _CACHED_VIEWS:
                 self._views.popitem(last=False)
         return R_view, reference, found, depth
+
+
+@dataclass(frozen=True)
+class _Cached:
+    """A view that was looked at before: of which object, which may be gone since, what was seen, and known depth."""
+
+    registered: weakref.ref[RegisteredObject]
+    views: Views
+    depth: Tensor | None
 
 
 @dataclass(frozen=True)

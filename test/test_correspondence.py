@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -405,3 +407,19 @@ def test_support_counts_as_much_as_it_tells() -> None:
         rng.shuffle(pair.compared.support)
     assert fit_support(nothing)[0] < 0.1
     assert fit_support([]) == (0, 0)
+
+
+def test_what_was_looked_at_keeps_no_object_in_memory() -> None:
+    """Objects that are registered again and again would fill it."""
+    estimator = PoseEstimator.from_pretrained(device="cpu")
+    K = np.array([[300.0, 0, 159.5], [0, 300.0, 119.5], [0, 0, 1]])
+    view = render(procedural_object(2).normalised()[0], np.eye(3), np.array([0.0, 0.0, 5.0]), K, 320, 240)
+    frame = Frame.from_arrays(view.rgb, view.mask, K)
+    query = estimator.look(frame)
+    seen = []
+    for _ in range(3):
+        registered = estimator.register_frame(frame)
+        assert estimator.refine(query, registered, estimator.match(query, registered)).stage == "offsets"
+        seen.append(weakref.ref(registered))
+    gc.collect()
+    assert [one() is None for one in seen] == [True, True, False], "the last is still in use"
