@@ -30,16 +30,22 @@ TOPICS = {
 
 def generate_launch_description() -> LaunchDescription:
     """Arguments, the helper, and the node."""
-    arguments = [DeclareLaunchArgument(name, default_value=name, description=text) for name, text in TOPICS.items()]
+    arguments = [
+        DeclareLaunchArgument("namespace", default_value="", description="of the nodes and their relative topics"),
+        *(DeclareLaunchArgument(name, default_value=name, description=text) for name, text in TOPICS.items()),
+    ]
     helper = Node(
         package="nope_ros",
         executable="mask_from_boxes",
         name="mask_from_boxes",
+        namespace=LaunchConfiguration("namespace"),
         remappings=[(name, LaunchConfiguration(name)) for name in ("image", "detections", "click", "mask")],
         output="screen",
     )
     node = IncludeLaunchDescription(
         PythonLaunchDescriptionSource(str(SHARE / "launch" / "nope.launch.py")),
-        launch_arguments={name: LaunchConfiguration(name) for name in ("image", "camera_info", "mask")}.items(),
+        launch_arguments={
+            name: LaunchConfiguration(name) for name in ("namespace", "image", "camera_info", "mask")
+        }.items(),
     )
     return LaunchDescription([*arguments, helper, node])

@@ -77,6 +77,7 @@ def nodes(context: LaunchContext) -> list[LaunchDescriptionEntity]:
         executable="rviz2",
         name="rviz_nope",
         arguments=["-d", str(SHARE / "config" / "nope.rviz"), "-f", LaunchConfiguration("rviz_frame")],
+        parameters=[{name: value for name, value in parameters.items() if name == "use_sim_time"}],
         # The displays name the topics of a node without a namespace.
         remappings=[(f"/nope/{topic}", f"{base}/{topic}") for topic in ("markers", "overlay", "objects/object/pose")],
         condition=IfCondition(LaunchConfiguration("rviz")),

@@ -84,6 +84,7 @@ class ObjectStore:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder).expanduser()
+        self._known: dict[str, _Signature | None] = {}  # of the files that this process has read or written
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -94,17 +95,28 @@ class ObjectStore:
     def _path(self, object_id: str) -> Path:
         return self.folder / (check_object_id(object_id) + _SUFFIX)
 
-    def save(self, registered: RegisteredObject) -> Path | None:
+    def save(self, registered: RegisteredObject, overwrite: bool = True) -> Path | None:
         """Write an object, whole or not at all, replacing an older one of its name.
+
+        Args:
+            registered: the object.
+            overwrite: whether to replace also what another process has written there since this one looked.
 
         Returns:
             Where an older file is now that could not have been loaded (damaged, or of other weights), if there was one.
             Nobody saw it among the registered objects, so nobody meant to replace it.
 
         Raises:
-            StoreError: if the disk is full or the folder is read-only; an older file is then untouched.
+            StoreError: if the disk is full or the folder is read-only, or without ``overwrite``; an older file is then
+                untouched.
         """
         path = self._path(registered.object_id)
+        if not overwrite and self._of_another(path) and _made_with(path, registered.predictor):
+            raise StoreError(
+                f"storage: another node has written '{registered.object_id}' to {self.folder}, and that was left as it "
+                "is; this one is registered, but will be gone after a restart: set overwrite, choose another name, or "
+                "give each node a folder of its own (storage.directory)"
+            )
         reference = registered.reference
         tensors = {
             "latent": registered.latent.detach().float().cpu().contiguous(),
@@ -161,6 +173,7 @@ class ObjectStore:
                 aside = path.with_name(path.name + _SET_ASIDE)
                 path.replace(aside)
             temporary.replace(path)
+            self._known[path.name] = _signature(path)
             _sync_folder(self.folder)
         except OSError as error:
             with suppress(OSError):  # the folder itself may be gone
@@ -173,18 +186,25 @@ class ObjectStore:
         return aside
 
     def delete(self, object_id: str) -> None:
-        """Remove an object's file, if there is one.
+        """Remove an object's file, if there is one that this process has read or written.
 
         Raises:
             StoreError: if it cannot be removed.
         """
+        path = self._path(object_id)
+        if self._of_another(path):
+            return
         try:
-            self._path(object_id).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
             _sync_folder(self.folder)
         except OSError as error:
             raise StoreError(
                 f"storage: '{object_id}' could not be removed from {self.folder} ({error.strerror})"
             ) from None
+
+    def _of_another(self, path: Path) -> bool:
+        """Whether another process has written a file since this one read or wrote it."""
+        return path.exists() and self._known.get(path.name) != _signature(path)
 
     def load_all(self, predictor: Predictor, batch_size: int = 1024) -> LoadReport:
         """Read every object; a damaged file, or one made with other weights, is reported and left where it is."""
@@ -192,7 +212,9 @@ class ObjectStore:
         objects, problems = [], []
         for path in sorted(self.folder.glob("[!.]*" + _SUFFIX)):
             try:
+                signature = _signature(path)
                 objects.append(self._load(path, predictor, batch_size))
+                self._known[path.name] = signature
             except StoreError as error:
                 problems.append(str(error))
         return LoadReport(tuple(objects), tuple(problems))
@@ -255,6 +277,18 @@ class ObjectStore:
             )
         except (KeyError, ValueError, TypeError) as error:
             raise StoreError(f"storage: {path} is incomplete ({error}); register the object again") from None
+
+
+_Signature = tuple[int, int, int]
+
+
+def _signature(path: Path) -> _Signature | None:
+    """What differs when a file is written anew; None if it is gone."""
+    try:
+        about = path.stat()
+    except OSError:
+        return None
+    return about.st_ino, about.st_mtime_ns, about.st_size
 
 
 def _made_with(path: Path, predictor: Predictor) -> bool:

@@ -379,7 +379,9 @@ def listen(given: argparse.Namespace) -> Iterator[Finding]:
         _spin(node, 1.5)  # until the others are known
         try:
             yield from _node(node, given.node)
-            rectified = _rectified(node, given.node)
+            rectified = _switched_on(node, given.node, "rectified")
+            if _switched_on(node, given.node, "use_sim_time"):
+                node.set_parameters([rclpy.parameter.Parameter("use_sim_time", value=True)])  # stamps are of that clock
         except TimeoutError:
             yield Finding("problem", f"the node {given.node} does not answer", "look at its log; restart it")
             rectified = False
@@ -431,11 +433,11 @@ def _node(node: Node, name: str) -> Iterator[Finding]:
             yield Finding("warning", "no object is registered", f"ros2 service call {name}/register_object ...")
 
 
-def _rectified(node: Node, name: str) -> bool:
-    """The node's parameter of that name; False where there is no node."""
+def _switched_on(node: Node, name: str, parameter: str) -> bool:
+    """A parameter of the node's; False where there is no node."""
     from rcl_interfaces.srv import GetParameters
 
-    found = _ask(node, GetParameters, f"{name}/get_parameters", GetParameters.Request(names=["rectified"]))
+    found = _ask(node, GetParameters, f"{name}/get_parameters", GetParameters.Request(names=[parameter]))
     return found is not None and any(value.bool_value for value in found.values)
 
 

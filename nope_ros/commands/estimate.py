@@ -90,7 +90,10 @@ def _run(given: argparse.Namespace, console: Console) -> int:
     scores: list[FrameScore] = []
     seconds: list[float] = []
     if given.out is not None:
-        given.out.mkdir(parents=True, exist_ok=True)
+        try:
+            given.out.mkdir(parents=True, exist_ok=True)
+        except OSError as problem:
+            raise InputError(f"--out: {given.out} cannot be made ({problem.strerror})") from None
     for moment in recording:
         gravity = None if given.prior == "free" else moment.gravity_camera
         frame = Frame.from_arrays(moment.image, moment.mask, moment.camera)

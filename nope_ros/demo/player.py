@@ -33,7 +33,7 @@ from tf2_msgs.msg import TFMessage
 
 from nope_ros.crop import outline, virtual_camera
 from nope_ros.frame import Camera, InputError
-from nope_ros.node import messages
+from nope_ros.node import distro, messages
 from nope_ros.node.bagfile import Topics
 from nope_ros.recording import Moment, PassedOn, open_recording, packaged
 from nope_ros.rotations import exp, look_at
@@ -50,7 +50,11 @@ _USUAL_ELEVATION = np.radians(30.0)
 
 def header(moment: Moment, stamp: int) -> Header:
     """The header of all messages of a frame."""
-    return Header(stamp=Time(sec=stamp // 10**9, nanosec=stamp % 10**9), frame_id=moment.frame_id)
+    return Header(stamp=_time(stamp), frame_id=moment.frame_id)
+
+
+def _time(stamp: int) -> Time:
+    return Time(sec=stamp // 10**9, nanosec=stamp % 10**9)
 
 
 def camera_info_message(camera: Camera, header: Header) -> CameraInfo:
@@ -134,8 +138,9 @@ class Player:
 
     def send_gravity(self, moment: Moment, stamp: int) -> None:
         """Publish what gravity can be told from at this frame: TF, and what a bag holds."""
+        later = 0 if moment.stamp is None else stamp - moment.stamp
         for message in moment.before:
-            self._pass_on(message)
+            self._pass_on(message, later)
         if self._gravity and moment.gravity_camera is not None:
             self.tf.publish(TFMessage(transforms=[level_transform(moment.gravity_camera, header(moment, stamp))]))
 
@@ -149,7 +154,11 @@ class Player:
         self.mask.publish(mask)
         return sent
 
-    def _pass_on(self, message: PassedOn) -> None:
+    def _pass_on(self, message: PassedOn, later: int) -> None:
+        """Publish what a bag holds, its stamps so many nanoseconds later."""
+        if later:
+            for stamped in getattr(message.data, "transforms", [message.data]):
+                stamped.header.stamp = _time(distro.nanoseconds(stamped.header.stamp) + later)
         if message.topic not in self._others:
             package, kind, name = message.type_name.split("/")
             latched = message.topic == "/tf_static"
@@ -238,6 +247,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--node", default="/nope", help="name of the node that registers it (%(default)s)")
     add_topic_arguments(parser)
     given, ros_arguments = parser.parse_known_args(arguments)
+    if ros_arguments and ros_arguments[0] != "--ros-args":
+        parser.error(f"unknown: {' '.join(ros_arguments)}")
     if given.rate <= 0:
         parser.error(f"--rate {given.rate} is not positive")
     try:

@@ -45,7 +45,7 @@ from nope_ros.node.bagfile import (
 from nope_ros.node.complaints import Complaints
 from nope_ros.node.distro import TransformTree
 from nope_ros.node.estimation import estimate, load_estimator, use_threads
-from nope_ros.node.gravity import Gravity, ImuGravity, ImuSample
+from nope_ros.node.gravity import Gravity, ImuGravity, ImuSample, history
 from nope_ros.node.interfaces import deserialized, serialized
 from nope_ros.node.outputs import Outputs
 from nope_ros.node.pairing import FrameMessages, Kind, Pairing
@@ -163,8 +163,8 @@ def moments(job: Job, complain: Callable[[object], object] = lambda problem: Non
             **({job.depth_topic: "depth"} if job.depth_topic else {}),
         }
         # As the node has it: no tree unless something is looked up in it.
-        tree = TransformTree() if settings.needs_transforms else None
-        imu = ImuGravity() if imu_topic else None
+        tree = TransformTree(history(settings)) if settings.needs_transforms else None
+        imu = ImuGravity(history(settings)) if imu_topic else None
         # Waits for nothing: everything that could come in time has been read.
         gravity = Gravity.of(settings, imu=imu, transforms=tree, timeout=0.0)
         if tree is not None:  # latched: a live node has it from the start, whenever it was recorded
@@ -424,6 +424,10 @@ def attempt(job: Job, report: Report = lambda done, total: None) -> Summary:
         return process(job, report)
     except InputError as error:
         return Summary(job.target, error=str(error))
+    except OSError as error:
+        return Summary(job.target, error=f"{job.target}: {error.strerror or error}")
+    except Exception as error:  # a damaged bag has many ways to say so
+        return Summary(job.target, error=f"{job.source}: {type(error).__name__}: {error}")
 
 
 # --- command line ---------------------------------------------------------------------------------------------------
@@ -464,7 +468,10 @@ def _settings(given: argparse.Namespace) -> Settings:
         name, equals, text = word.partition(":=")
         if not equals:
             raise InputError(f"-p {word}: not NAME:=VALUE")
-        value = yaml.safe_load(text)
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise InputError(f"-p {word}: its value is no YAML") from None
         values[name] = "" if value is None else value
     return parameters.settings_from(values)
 

@@ -200,6 +200,13 @@ def depth_of(received: FrameMessages, shape: tuple[int, ...], complain: Complain
     except InputError as error:
         complain(f"{error}; going on without depth")
         return None
+    frame, own = received.image.header.frame_id, received.depth.header.frame_id
+    if frame and own and own != frame:
+        complain(
+            f"depth: is of the frame '{own}', the image of '{frame}'; publish depth registered to the image; going on "
+            "without depth"
+        )
+        return None
     if depth.shape != shape:
         complain(
             f"depth: size {depth.shape[1]}x{depth.shape[0]} differs from the image's {shape[1]}x{shape[0]}; publish "

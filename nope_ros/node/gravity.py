@@ -42,6 +42,11 @@ class ImuSample:
         return cls(nanoseconds(message.header.stamp), np.array([felt.x, felt.y, felt.z]), message.header.frame_id)
 
 
+def history(settings: Settings) -> int:
+    """Nanoseconds for which TF and IMU are kept: gravity is asked for when the mask has come."""
+    return HISTORY + int(settings.mask_patience * 1e9)
+
+
 class ImuGravity:
     """The last samples of an accelerometer.
 

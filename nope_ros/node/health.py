@@ -95,6 +95,8 @@ class Rates:
     skipped: float = 0.0
     orphaned: float = 0.0
     thinned: float = 0.0
+    depths: float = 0.0
+    deep: float = 0.0
 
 
 class Meter:
@@ -115,6 +117,8 @@ class Meter:
             skipped=(counts.skipped - before.skipped) / seconds,
             orphaned=(counts.orphaned - before.orphaned) / seconds,
             thinned=(counts.thinned - before.thinned) / seconds,
+            depths=(counts.depths - before.depths) / seconds,
+            deep=(counts.deep - before.deep) / seconds,
         )
 
 
@@ -147,6 +151,11 @@ def trouble(inputs: Mapping[Kind, Input], rates: Rates, newest: FrameTimes | Non
         return (
             f"buffer_megabytes: {settings.buffer_megabytes} MB are full of images that wait for masks, so some were "
             "let go; raise it, or make masks faster"
+        )
+    if rates.depths > 0 and rates.frames > 0 and rates.deep == 0:
+        return (
+            "depth: none has the stamp of an image, so it is not used; publish it with the image's header (aligned "
+            "depth), or leave the topic unconnected"
         )
     if newest is not None and abs(newest.age) > _CLOCKS_APART:
         side = "behind" if newest.age > 0 else "ahead of"

@@ -77,7 +77,8 @@ def _decompressed(message: CompressedImage) -> NDArray[np.uint8]:
     if data.size == 0:
         raise InputError("image: the compressed image is empty")
     _check_announced_size(data)
-    decoded = cv2.imdecode(data, cv2.IMREAD_COLOR)
+    # Mask and calibration are of the sensor's rows and columns, whatever the file says of how to show them.
+    decoded = cv2.imdecode(data, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
     if decoded is None:
         raise InputError(
             f"image: format '{message.format}' ({data.size} bytes) cannot be decoded; was it cut short, or is it "

@@ -27,6 +27,7 @@ from rclpy.exceptions import ParameterException
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.parameter import Parameter
 from rclpy.publisher import Publisher
+from rclpy.qos import QoSPolicyKind
 from rclpy.qos_overriding_options import QoSOverridingOptions
 from rclpy.signals import SignalHandlerOptions
 from sensor_msgs.msg import Imu
@@ -37,7 +38,7 @@ from nope_ros.frame import InputError
 from nope_ros.node import distro, health, messages, parameters, tf, topics
 from nope_ros.node.complaints import Complaints
 from nope_ros.node.estimation import estimate, load_estimator, use_threads
-from nope_ros.node.gravity import Gravity, ImuGravity, ImuSample
+from nope_ros.node.gravity import Gravity, ImuGravity, ImuSample, history
 from nope_ros.node.health import FrameTimes, Health, Meter, Rates, Sighting, Times
 from nope_ros.node.outputs import Outputs
 from nope_ros.node.pairing import FrameMessages, Kind, Pairing
@@ -171,7 +172,7 @@ class NopeNode(LifecycleNode):
             topics.OVERLAY,
             topics.PROGRESS,
         ):
-            self._outputs[endpoint] = self._publisher(endpoint, endpoint.name)
+            self._outputs[endpoint] = self._publisher(endpoint)
         image = topics.IMAGE_COMPRESSED if self._settings.compressed else topics.IMAGE
         inputs: list[tuple[Kind, topics.Endpoint]] = [
             ("image", image),
@@ -198,7 +199,7 @@ class NopeNode(LifecycleNode):
         self._refused = ""
         if settings.gravity_imu_topic:
             self._imu_input = self._listen(Imu, settings.gravity_imu_topic, self._receive_imu)
-            self._imu = ImuGravity(self._history)
+            self._imu = ImuGravity(history(self._settings))
             self._use_parameters([])
         for problem in loaded.problems:
             self._complain(problem)
@@ -289,8 +290,9 @@ class NopeNode(LifecycleNode):
         while self._retired:
             self._retired.popleft()()
 
-    def _publisher(self, endpoint: topics.Endpoint, name: str) -> Publisher[Any]:
-        return self.create_publisher(endpoint.type, name, topics.output_qos(), qos_overriding_options=_overridable())
+    def _publisher(self, endpoint: topics.Endpoint) -> Publisher[Any]:
+        options = _overridable()
+        return self.create_publisher(endpoint.type, endpoint.name, topics.output_qos(), qos_overriding_options=options)
 
     def _listen(self, type_: type, topic: str, callback: Callable[[Any], None]) -> Any:
         return self.create_subscription(
@@ -308,7 +310,7 @@ class NopeNode(LifecycleNode):
             try:
                 return answer(request, response)
             except Exception as error:  # not foreseen; it must not take the node and its objects down
-                self._unforeseen(error)
+                self.unforeseen(error)
                 if hasattr(response, "success"):
                     response.success = False
                     response.message = f"unforeseen {type(error).__name__}: {error}; the node's log has more"
@@ -317,7 +319,7 @@ class NopeNode(LifecycleNode):
         qos = topics.service_qos()
         self.create_service(endpoint.type, endpoint.name, guarded, qos_profile=qos, callback_group=group)
 
-    def _unforeseen(self, error: Exception) -> None:
+    def unforeseen(self, error: Exception) -> None:
         """Tell of a mistake of ours, once with where it happened."""
         self._complain(f"unforeseen {type(error).__name__}: {error}\n{traceback.format_exc()}")
 
@@ -340,24 +342,19 @@ class NopeNode(LifecycleNode):
         self._pairing.patience = int(settings.mask_patience * 1e9)
         self._pairing.capacity = settings.buffer_megabytes * 1_000_000
         if self._transforms is None and settings.needs_transforms:
-            self._transforms = tf.listen(self, self._history)
+            self._transforms = tf.listen(self, history(self._settings))
         if isinstance(self._transforms, distro.TransformTree):
-            self._transforms.history = self._history
+            self._transforms.history = history(self._settings)
         if self._imu is not None:
-            self._imu.history = self._history
+            self._imu.history = history(self._settings)
         self._gravity = Gravity.of(
             settings, imu=self._imu, transforms=self._transforms, timeout=settings.gravity_timeout
         )
 
-    @property
-    def _history(self) -> int:
-        """Nanoseconds for which TF and IMU are kept: gravity is asked for when the mask has come."""
-        return distro.HISTORY + int(self._settings.mask_patience * 1e9)
-
     # --- inputs -----------------------------------------------------------------------------------------------------
 
     def _receive(self, kind: Kind, message: Any) -> None:
-        if self._session is None:
+        if self._session is None and kind != "camera_info":  # which some drivers send once
             return
         self._heard[kind] = time.monotonic()
         try:
@@ -410,7 +407,7 @@ class NopeNode(LifecycleNode):
             self._complain(error)
             return
         except Exception as error:  # one frame is not worth the node
-            self._unforeseen(error)
+            self.unforeseen(error)
             return
         age = self.get_clock().now().nanoseconds - received.stamp
         self._times.add(FrameTimes(time.perf_counter() - begin, age / 1e9, seconds))
@@ -464,7 +461,10 @@ class NopeNode(LifecycleNode):
             self._check_name(object_id, overwrite)
             topic = topics.object_topic(object_id)
             if object_id not in self._pose_publishers:
-                self._pose_publishers[object_id] = self._publisher(topics.OBJECT_POSE, topic)
+                # Not overridable: that would declare parameters, and here, in a service's thread, rclpy may just be
+                # going through them to list them.
+                publisher = self.create_publisher(topics.OBJECT_POSE.type, topic, topics.output_qos())
+                self._pose_publishers[object_id] = publisher
             self._objects = {**self._objects, object_id: registered}
             self._sightings.pop(object_id, None)
 
@@ -499,7 +499,7 @@ class NopeNode(LifecycleNode):
             registered = register_mesh(session.estimator, request, settings.mesh_directory)
         else:
             received = requested_messages(request, self._pairing.latest())
-            age = time.monotonic() - received.found
+            age = time.monotonic() - received.came
             registered = register(session.estimator, request, received, self._gravity, rectified=settings.rectified)
         note = "" if registered.metric else "; its distance is unknown and is the unit of length"
         note += "" if registered.gravity_known else "; without gravity, so any orientation is possible"
@@ -514,7 +514,7 @@ class NopeNode(LifecycleNode):
                 raise InputError("the node was deactivated meanwhile; activate it and register again")
             self._add(registered, overwrite)  # another call may have taken the name meanwhile
             try:
-                aside = session.store.save(registered)
+                aside = session.store.save(registered, overwrite)
             except StoreError as error:
                 self._complain(error)
                 return f"; {error}"
@@ -562,7 +562,7 @@ class NopeNode(LifecycleNode):
             )
         check_count(request.keyframes or KEYFRAMES)
         if request.fixed_frame and self._transforms is None:
-            self._transforms = tf.listen(self, self._history)
+            self._transforms = tf.listen(self, history(self._settings))
         transforms = self._transforms if request.fixed_frame else None
         self._stream = StreamRegistration(request, session.estimator.predictor.crop_size, transforms)
         return f"Collecting frames of '{object_id}': go round it, then STOP"
@@ -633,6 +633,8 @@ class NopeNode(LifecycleNode):
     def _problem(self, session: Session | None, rates: Rates) -> tuple[str, bool]:
         """What is wrong and what to do about it, or ''; whether no pose comes out because of it."""
         if session is None:
+            if self._finished:
+                return "shut down by a lifecycle manager; start the process anew", False
             name = self.get_fully_qualified_name()
             how = f"`ros2 lifecycle set {name} configure`, then `activate`, or the parameter autostart"
             return f"not active: {self._refused or 'nobody has activated it'}; {how}", False
@@ -695,7 +697,8 @@ class NopeNode(LifecycleNode):
 
 
 def _overridable() -> QoSOverridingOptions:
-    return QoSOverridingOptions.with_default_policies()
+    kinds = (QoSPolicyKind.HISTORY, QoSPolicyKind.DEPTH, QoSPolicyKind.RELIABILITY, QoSPolicyKind.DURABILITY)
+    return QoSOverridingOptions(kinds)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -714,7 +717,10 @@ def main(arguments: list[str] | None = None) -> int:
         node.start()
     try:
         while not stop.is_set():
-            executor.spin_once(timeout_sec=0.2)
+            try:
+                executor.spin_once(timeout_sec=0.2)
+            except Exception as error:  # of rclpy's own services, or not foreseen; objects must not be lost by it
+                node.unforeseen(error)
             node.tidy()
             if node.failure is not None:
                 raise node.failure

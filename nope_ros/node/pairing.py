@@ -39,7 +39,7 @@ class FrameMessages:
         mask: the mask message of the same stamp.
         camera_info: calibration of the same stamp, or the newest one.
         depth: depth message of the same stamp, or None.
-        found: when they were put together, monotonic seconds.
+        came: when the image did, monotonic seconds.
     """
 
     stamp: int
@@ -47,7 +47,7 @@ class FrameMessages:
     mask: Any
     camera_info: Any
     depth: Any = None
-    found: float = field(default_factory=time.monotonic, compare=False)
+    came: float = field(default_factory=time.monotonic, compare=False)
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,8 @@ class Counts:
         orphaned: masks whose image never came, or is gone.
         thinned: images given up because the buffer was full (also in unmatched or skipped).
         restarts: times the clock was set back.
+        depths: depth images received.
+        deep: frames handed out that had depth.
     """
 
     images: int = 0
@@ -73,6 +75,8 @@ class Counts:
     orphaned: int = 0
     thinned: int = 0
     restarts: int = 0
+    depths: int = 0
+    deep: int = 0
 
 
 class Pairing:
@@ -96,6 +100,7 @@ class Pairing:
 
     def _forget(self) -> None:
         self._held: dict[Kind, dict[int, tuple[Any, int]]] = {"image": {}, "mask": {}, "depth": {}}
+        self._came: dict[int, float] = {}  # when each image did
         self._calibrations: deque[tuple[int, Any]] = deque(maxlen=_CALIBRATIONS)
         self._newest_image: int | None = None
         self._newest_depth: int | None = None
@@ -135,6 +140,7 @@ class Pairing:
                 self._count(masks=1)
             elif kind == "depth":
                 self._newest_depth = stamp
+                self._count(depths=1)
             if kind == "camera_info":
                 self._calibrations.append((stamp, message))
             elif self._taken_stamp is not None and stamp < self._taken_stamp:
@@ -144,6 +150,8 @@ class Pairing:
                 if kind == "image" and stamp in self._held["image"]:
                     self._count(skipped=1)  # sent twice
                 self._held[kind][stamp] = (message, size)
+                if kind == "image":
+                    self._came[stamp] = time.monotonic()
                 self._expire()
                 self._thin(keep=stamp)
             self._changed.notify_all()
@@ -161,8 +169,8 @@ class Pairing:
             stamp = complete[0] if self.every else complete[-1]
             self._last = self._messages_of(stamp)
             self._taken_stamp = stamp
-            self._count(taken=1)
-            del self._held["image"][stamp], self._held["mask"][stamp]
+            self._count(taken=1, deep=self._last.depth is not None)
+            del self._held["image"][stamp], self._held["mask"][stamp], self._came[stamp]
             self._let_go(lambda older: older < stamp)
             self._held["depth"].pop(stamp, None)
             return self._last
@@ -180,22 +188,23 @@ class Pairing:
             self._changed.notify_all()
 
     def clear(self) -> None:
-        """Let everything go, the latest frame included; counts stay."""
+        """Let everything go, the latest frame included; counts and the newest calibration stay."""
         with self._changed:
-            self._let_go(lambda _: True)
-            self._forget()
-            self._last = None
+            self._begin_anew()
 
     def _begin_image(self, stamp: int) -> None:
         if self._newest_image is not None and stamp < self._newest_image - JUMP_BACK:
-            calibrations = list(self._calibrations)[-1:]
-            self._let_go(lambda _: True)
-            self._forget()
-            self._last = None  # of another time: what it shows may have been put away since
-            self._calibrations.extend(calibrations)
+            self._begin_anew()
             self._count(restarts=1)
         self._newest_image = stamp if self._newest_image is None else max(stamp, self._newest_image)
         self._count(images=1)
+
+    def _begin_anew(self) -> None:
+        calibrations = list(self._calibrations)[-1:]  # some drivers send it once
+        self._let_go(lambda _: True)
+        self._forget()
+        self._last = None  # of another time: what it shows may have been put away since
+        self._calibrations.extend(calibrations)
 
     def _expire(self) -> None:
         if self._newest_image is not None:
@@ -227,7 +236,7 @@ class Pairing:
         images, masks, depths = self._held["image"], self._held["mask"], self._held["depth"]
         for stamp in [stamp for stamp in images if is_old(stamp)]:
             complete = masks.pop(stamp, None) is not None
-            del images[stamp]
+            del images[stamp], self._came[stamp]
             depths.pop(stamp, None)
             self._count(skipped=complete, unmatched=not complete)
         for stamp in [stamp for stamp in masks if is_old(stamp)]:
@@ -258,6 +267,7 @@ class Pairing:
             mask=self._held["mask"][stamp][0],
             camera_info=camera_info,
             depth=None if depth is None else depth[0],
+            came=self._came[stamp],
         )
 
     def _bytes(self) -> int:

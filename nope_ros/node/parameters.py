@@ -126,7 +126,9 @@ def _frame(value: str) -> str | None:
 
 
 def _topic(value: str) -> str | None:
-    return None if re.fullmatch(r"|[~/]?[A-Za-z_][A-Za-z0-9_/]{0,200}", value) else "is not a topic name"
+    part = "[A-Za-z_][A-Za-z0-9_]*"
+    name = len(value) <= 200 and re.fullmatch(f"|(~/|/)?{part}(/{part})*", value)
+    return None if name else "is not a topic name"
 
 
 def _folder(value: str) -> str | None:

@@ -34,7 +34,7 @@ def requested_messages(request: RegisterObject.Request, latest: FrameMessages | 
     if not any(given.values()):
         if latest is None:
             raise InputError("no frame of image, mask and camera_info has been received yet; send one, or give one")
-        age = time.monotonic() - latest.found
+        age = time.monotonic() - latest.came
         if age > STALE:
             raise InputError(
                 f"the latest frame that has a mask is of {age:.0f} s ago, and what it shows may be gone; does the "

@@ -68,7 +68,10 @@ TF = Endpoint(
     "/tf", TFMessage, "out", "camera → `<tf.prefix><object_id>`, of trusted poses; read too where gravity needs it"
 )
 OBJECT_POSE = Endpoint(
-    "~/objects/<object_id>/pose", PoseWithCovarianceStamped, "out", "one topic for each registered object"
+    "~/objects/<object_id>/pose",
+    PoseWithCovarianceStamped,
+    "out",
+    "one topic for each registered object; also poses that TF is not trusted with: the covariance says so",
 )
 POSES = Endpoint("~/poses", ObjectPoseArray, "out", "all objects: pose, covariance, confidence, ambiguity, modes")
 DETECTIONS = Endpoint(
