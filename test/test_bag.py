@@ -338,6 +338,11 @@ def test_a_folder_in_processes_and_on_dask(
     os.link(source, bags / "first.mcap")
     as_sqlite(bags / "second", recorded_frames())
     (bags / "damaged.mcap").write_bytes(source.read_bytes()[:5000])
+    as_sqlite(bags / "torn", recorded_frames())
+    (database,) = (bags / "torn").glob("*.db3")
+    content = bytearray(database.read_bytes())
+    content[len(content) // 3 : 2 * len(content) // 3] = bytes(len(content) // 3)
+    database.write_bytes(content)
     store = tmp_path / "store"
     estimator = PoseEstimator.from_pretrained(weights, device="cpu", batch_size=256)
     image, ids = frame(0)
@@ -354,7 +359,7 @@ def test_a_folder_in_processes_and_on_dask(
 
     assert run("processes", "--workers", "2") == 1, "one is damaged"
     told = capsys.readouterr().out
-    assert "damaged.mcap: " in told and "cannot be read as a bag" in told
+    assert "damaged.mcap: " in told and "cannot be read as a bag" in told and "torn: " in told
     with distributed.LocalCluster(n_workers=2, processes=False, protocol="tcp", dashboard_address=None) as cluster:
         assert run("dask", "--dask", cluster.scheduler_address) == 1
     for name in ("first.mcap", "second.mcap"):
@@ -398,6 +403,7 @@ BAD = {
     "bad value": (["--id", "mug", "-pprior:=sideways"], "'sideways' is not one of auto, free, upright, standing"),
     "bad type": (["--id", "mug", "-pthreads:=many"], "threads: 'many' is not of type integer"),
     "no topic": (["--id", "mug", "--mask-topic", "/nothing"], "topic /nothing is not in the bag"),
+    "no YAML": (["--id", "mug", "-pprior:=["], "-p prior:=[: its value is no YAML"),
     "no workers": (["--id", "mug", "--workers", "0"], "--workers: 0 is not positive"),
 }
 

@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 import pytest
 
+from nope_ros.demo import player
 from nope_ros.demo.score import figures, percentiles, score_frame, within
 from nope_ros.frame import Camera, InputError
 from nope_ros.latent import DEFAULT_WEIGHTS
@@ -680,3 +681,9 @@ def test_packaged_files_are_found():
     assert packaged("demo/sequence/poses.json") is not None
     assert packaged("config/fastdds.xml") is not None
     assert packaged("nothing/of/the/kind") is None
+
+
+def test_a_misspelt_option_of_play_is_told_of(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        player.main(["demo/sequence", "--lopp"])
+    assert "unknown: --lopp" in capsys.readouterr().err

@@ -325,6 +325,29 @@ def test_a_file_that_could_not_be_loaded_is_set_aside_not_replaced(estimator, tm
     assert store.save(replace(estimator.register(*seen()), predictor=other, object_id="mug")) is None
 
 
+def test_two_nodes_on_one_folder_spare_each_others_objects(estimator, tmp_path):
+    one, other = ObjectStore(tmp_path), ObjectStore(tmp_path)
+    near, far = (estimator.register(*seen(), reference_distance=distance, object_id="mug") for distance in (0.5, 0.9))
+
+    def stored():
+        return [one.reference.distance for one in ObjectStore(tmp_path).load_all(estimator.predictor).objects]
+
+    one.save(near, overwrite=False)
+    with pytest.raises(StoreError, match="another node has written 'mug'"):
+        other.save(far, overwrite=False)
+    assert stored() == [0.5]
+    other.delete("mug")
+    assert stored() == [0.5], "not one of its own"
+    other.save(far, overwrite=True)
+    one.delete("mug")
+    assert stored() == [0.9]
+    one.load_all(estimator.predictor)
+    one.save(near, overwrite=False)
+    assert stored() == [0.5], "which it has read"
+    one.delete("mug")
+    assert stored() == []
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere: a read-only folder cannot be made")
 def test_a_read_only_folder_is_named(estimator, tmp_path):
     tmp_path.chmod(0o500)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -125,6 +126,7 @@ FRAME = FrameTimes(0.02, 0.1, {})
 def test_nothing_is_wrong() -> None:
     assert trouble(inputs(), GOOD, FRAME, Settings()) == ""
     assert trouble(inputs(mask=4.5), GOOD, FRAME, Settings()) == "", "within mask_patience"
+    assert trouble(inputs(), replace(GOOD, depths=30, deep=5), FRAME, Settings()) == "", "depth may be slower"
 
 
 @pytest.mark.parametrize(
@@ -135,6 +137,7 @@ def test_nothing_is_wrong() -> None:
         ({"mask": 5.2}, GOOD, FRAME, "nothing has come on /mask for 5 s"),
         ({}, Rates(images=30, masks=5, orphaned=5), FRAME, "within mask_patience (5 s)"),
         ({}, Rates(images=30, masks=5, frames=5, thinned=1), FRAME, "buffer_megabytes: 512 MB are full"),
+        ({}, replace(GOOD, depths=30), FRAME, "depth: none has the stamp of an image"),
         ({}, GOOD, FrameTimes(0.02, 4000.0, {}), "4000 s behind this node's clock; for a bag"),
         ({}, GOOD, FrameTimes(0.02, -4000.0, {}), "4000 s ahead of"),
     ],

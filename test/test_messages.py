@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from array import array
+from io import BytesIO
+from types import SimpleNamespace
 from typing import Any
 
 import cv2
 import numpy as np
+import PIL.Image
 import pytest
 from geometry_msgs.msg import Point, Pose, Quaternion
 from hypothesis import given, settings
@@ -19,7 +22,7 @@ from visualization_msgs.msg import Marker
 
 from nope_ros.distribution import RotationDistribution
 from nope_ros.frame import InputError
-from nope_ros.node import messages
+from nope_ros.node import distro, messages
 from nope_ros.pose import PoseEstimate, PoseMode, ReferencePose
 from nope_ros.rotations import exp, geodesic_distance, icosphere, rotation_grid
 
@@ -401,3 +404,32 @@ def test_bright_spot_of_a_sure_pose_faces_the_camera() -> None:
     marker = messages.markers(HEADER, [(estimate, 0.1)]).markers[1]
     alpha = [colour.a for colour in marker.colors]
     assert np.argmax(alpha) == np.argmax(masses) and max(alpha) == pytest.approx(1)
+
+
+def test_a_photograph_is_decoded_as_the_sensor_saw_it() -> None:
+    """Its calibration is of the sensor's rows and columns, whatever its EXIF data say of how to show it."""
+    picture = PIL.Image.fromarray(smooth())
+    turned = PIL.Image.Exif()
+    turned[0x0112] = 6
+    kept = BytesIO()
+    picture.save(kept, "JPEG", exif=turned)
+    message = CompressedImage(format="jpeg", data=array("B", kept.getvalue()))
+    assert messages.image_array(message).shape == smooth().shape
+
+
+@pytest.mark.parametrize("padding", [0, 1, 5])
+def test_rows_may_be_padded_also_where_cv_bridge_converts(padding: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own reading of such rows goes by whole pixels."""
+
+    class Bridge:
+        def imgmsg_to_cv2(self, message: Image, encoding: str) -> np.ndarray:
+            assert encoding == "rgb8" and message.encoding == "rgb8"
+            rows = np.frombuffer(bytes(message.data), np.uint8)
+            return rows.reshape(message.height, int(message.step / 3), 3)[:, : message.width]
+
+    monkeypatch.setattr(distro, "cv_bridge", SimpleNamespace(CvBridge=Bridge))
+    rgb = smooth()
+    rows = np.pad(rgb.reshape(len(rgb), -1), ((0, 0), (0, padding)))
+    message = Image(height=rgb.shape[0], width=rgb.shape[1], encoding="rgb8", step=rows.shape[1])
+    message.data = array("B", rows.tobytes())
+    np.testing.assert_array_equal(messages.image_array(message), rgb)

@@ -194,3 +194,12 @@ def test_usual_ids_are_kept() -> None:
 def test_names_are_unique() -> None:
     assert len(BY_NAME) == len(SPECS)
     assert len({endpoint.name for endpoint in topics.ENDPOINTS}) == len(topics.ENDPOINTS)
+
+
+@pytest.mark.parametrize(
+    ("topic", "good"),
+    [("", True), ("imu", True), ("/a/b_1", True), ("~/imu", True)]
+    + [(name, False) for name in ("imu/", "imu//data", "~imu", "imu/1a", "/", "a b")],
+)
+def test_topics_are_names_that_ros_takes(topic: str, good: bool) -> None:
+    assert (parameters._topic(topic) is None) == good

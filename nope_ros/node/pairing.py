@@ -144,8 +144,8 @@ class Pairing:
             if kind == "camera_info":
                 self._calibrations.append((stamp, message))
             elif self._taken_stamp is not None and stamp < self._taken_stamp:
-                # The frame it belongs to was overtaken while this was on its way.
-                self._count(skipped=kind == "mask", unmatched=kind == "image")
+                # The frame it belongs to was overtaken while this was on its way, and its image counted then.
+                self._count(orphaned=kind == "mask", unmatched=kind == "image")
             else:
                 if kind == "image" and stamp in self._held["image"]:
                     self._count(skipped=1)  # sent twice
