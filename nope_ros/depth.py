@@ -24,9 +24,8 @@ from nope_ros.rotations import exp, log
 
 Array = NDArray[np.float64]
 
-CELLS = 48
-"""To a side of the grid on which a surface is kept."""
-
+# To a side of the grid on which a surface is kept.
+_CELLS = 48
 # Between neighbouring pixels depth may step by this many widths of a pixel (a surface seen at 80°) and by the noise of
 # a depth camera, metres for one at a metre.
 _STEEPEST, _NOISE = 6.0, 0.005
@@ -37,8 +36,13 @@ _DEEPEST = 1.5
 # Fewer points than this say nothing.
 _LEAST = 12
 
-# Sliding begins with this many tolerances.
-_FIRST = 8.0
+# ``fit`` draws three points so many times.
+_DRAWS = 200
+
+# Sliding takes at most so many steps, and begins with this many tolerances.
+_STEPS, _FIRST = 16, 8.0
+# The information that holds a slide's start, as a share of all points' together.
+_DAMPING = 5e-4
 
 
 def surface_pixels(frame: Frame, radius: float) -> tuple[Array, Array, Array] | None:
@@ -72,8 +76,8 @@ def surface_pixels(frame: Frame, radius: float) -> tuple[Array, Array, Array] | 
     return x.astype(np.float64) + x0, y.astype(np.float64) + y0, depth[y, x].astype(np.float64)
 
 
-def measured_surface(frame: Frame, crop: Crop, cells: int = CELLS) -> Array | None:
-    """Points (cells, cells, 3) on the surface, metres, axes of the crop's virtual camera; NaN where none is known.
+def measured_surface(frame: Frame, crop: Crop) -> Array | None:
+    """Points (48, 48, 3) on the surface, metres, axes of the crop's virtual camera; NaN where none is known.
 
     Each is the mean of what a cell of the crop shows. None if there is no depth, or too little of it.
     """
@@ -84,14 +88,14 @@ def measured_surface(frame: Frame, crop: Crop, cells: int = CELLS) -> Array | No
     points = (np.column_stack([x, y, np.ones_like(x)]) @ np.linalg.inv(frame.camera.K).T) * z[:, None]
     points = points @ crop.R_virtual_camera.T
     place = (points[:, :2] / points[:, 2:]) / crop.angular_radius * FILL
-    index = np.floor((place + 1) / 2 * cells).astype(int)
-    inside = ((index >= 0) & (index < cells)).all(axis=1)
-    flat = index[inside, 1] * cells + index[inside, 0]
-    count = np.bincount(flat, minlength=cells**2)
-    total = np.stack([np.bincount(flat, points[inside, n], cells**2) for n in range(3)], axis=-1)
+    index = np.floor((place + 1) / 2 * _CELLS).astype(int)
+    inside = ((index >= 0) & (index < _CELLS)).all(axis=1)
+    flat = index[inside, 1] * _CELLS + index[inside, 0]
+    count = np.bincount(flat, minlength=_CELLS**2)
+    total = np.stack([np.bincount(flat, points[inside, n], _CELLS**2) for n in range(3)], axis=-1)
     with np.errstate(invalid="ignore"):
         mean: Array = total / count[:, None]
-    return mean.reshape(cells, cells, 3)
+    return mean.reshape(_CELLS, _CELLS, 3)
 
 
 def reference_depth(frame: Frame, crop: Crop, reference: ReferencePose) -> NDArray[np.float16] | None:
@@ -154,14 +158,12 @@ class Fit:
     Attributes:
         R: (3, 3).
         t: (3,).
-        weight: share of the points' weight that agrees, 0..1.
         count: number of points that agree.
         error: root mean square of their distances, in y's unit.
     """
 
     R: Array
     t: Array
-    weight: float
     count: int
     error: float
 
@@ -204,7 +206,6 @@ def fit(
     rng: Generator,
     *,
     axis: Array | None = None,
-    draws: int = 200,
     start: tuple[Array, Array] | None = None,
 ) -> Fit | None:
     """Umeyama's fit to the points that agree, found by RANSAC.
@@ -219,7 +220,6 @@ def fit(
         tolerance: of agreement, in y's unit.
         rng: source of the draws.
         axis: (3,) unit vector about which alone x may turn; None: about any.
-        draws: of three points each.
         start: R (3, 3) and t (3,) to compete with the draws.
 
     Returns:
@@ -229,7 +229,7 @@ def fit(
     if known.sum() < 6:
         return None
     x, y, weights = x[known], y[known], weights[known] / weights[known].sum()
-    chosen = np.stack([rng.choice(len(x), 3, replace=False, p=weights) for _ in range(draws)])
+    chosen = np.stack([rng.choice(len(x), 3, replace=False, p=weights) for _ in range(_DRAWS)])
     R, t = aligned(x[chosen], y[chosen], np.ones(chosen.shape), axis)
     if start is not None:
         R, t = np.concatenate([start[0][None], R]), np.concatenate([start[1][None], t])
@@ -250,7 +250,7 @@ def fit(
     apart = distance(R, t)
     inside = apart < tolerance
     error = float(np.sqrt(np.mean(apart[inside] ** 2))) if inside.any() else np.inf
-    return Fit(R, t, float(weights[inside].sum()), int(inside.sum()), error)
+    return Fit(R, t, int(inside.sum()), error)
 
 
 @dataclass(frozen=True)
@@ -280,8 +280,7 @@ class Slid:
     Attributes:
         R: (3, 3) R_camera_object.
         t: (3,).
-        before: mean squared distance between the surfaces, cut at the tolerance, relative to it; at the start.
-        after: the same at the end.
+        after: mean squared distance between the surfaces, cut at the tolerance, relative to it.
         information: (6, 6) of a turn about the object's centre and a shift in radii, camera axes, if the distances
             between the surfaces, in radii, had a standard deviation of one.
         overlap: share of the seen points that have a partner.
@@ -289,7 +288,6 @@ class Slid:
 
     R: Array
     t: Array
-    before: float
     after: float
     information: Array
     overlap: float
@@ -304,9 +302,7 @@ def slide(
     centre: Array,
     *,
     tolerance: float,
-    damping: float = 5e-4,
     axis: Array | None = None,
-    steps: int = 16,
 ) -> Slid | None:
     """Slide what was seen onto the object's surface: iterated closest points, point to plane.
 
@@ -321,9 +317,7 @@ def slide(
         t: (3,).
         centre: (3,) camera axes, that turns are about.
         tolerance: of the last steps, in radii of the object: more apart does not belong together.
-        damping: information that holds the start, as a share of all points' together.
         axis: (3,) unit vector about which alone the object may turn; None: about any.
-        steps: most of them.
 
     Returns:
         None if too little of what was seen is near to what is known.
@@ -345,16 +339,10 @@ def slide(
         facing = (normal * normals).sum(-1) > 0.5
         return distance, normal, (apart < 2 * limit * radius) & (np.abs(distance) < limit) & facing
 
-    def cost(R: Array, t: Array) -> tuple[float, float]:
-        distance, _, good = pairs(R, t, tolerance)
-        squared = np.where(good, (distance / tolerance) ** 2, 1.0)
-        return float(squared.mean()), float(good.mean())
-
-    R_start, t_start = R, t
-    start = centre
-    limits = np.geomspace(_FIRST * tolerance, tolerance, max(1, steps - 4))
+    R_start, start = R, centre
+    limits = np.geomspace(_FIRST * tolerance, tolerance, _STEPS - 4)
     information = np.zeros((6, 6))
-    for number in range(steps):
+    for number in range(_STEPS):
         limit = float(limits[min(number, len(limits) - 1)])
         distance, normal, good = pairs(R, t, limit)
         if good.sum() < _LEAST:
@@ -363,7 +351,7 @@ def slide(
         arm = (seen - centre) / radius
         J = np.concatenate([np.cross(arm, normal), normal], axis=-1) @ free
         information = (J * bowl[:, None]).T @ J
-        held = damping * len(seen) * np.eye(6)
+        held = _DAMPING * len(seen) * np.eye(6)
         # What was moved since the start pulls back.
         moved = np.concatenate([log(R @ R_start.T), (centre - start) / radius])
         step = free @ np.linalg.solve(information + held, (J * bowl[:, None]).T @ distance - held @ moved)
@@ -372,5 +360,6 @@ def slide(
         centre = centre + radius * step[3:]
         if np.abs(step).max() < 1e-4 and number >= len(limits):
             break
-    before, after = cost(R_start, t_start), cost(R, t)
-    return Slid(R, t, before[0], after[0], information, after[1])
+    distance, _, good = pairs(R, t, tolerance)
+    after = float(np.where(good, (distance / tolerance) ** 2, 1.0).mean())
+    return Slid(R, t, after, information, float(good.mean()))

@@ -119,16 +119,14 @@ def mesh_files(folder: Path) -> dict[str, Path]:
     }
 
 
-def view_rotations(up: Array | None = None, level: int = 2) -> Array:
-    """R_camera_object (V, 3, 3) of cameras all around, the first of which is the reference: level, from a bit above.
+def view_rotations(up: Array | None = None) -> Array:
+    """R_camera_object (163, 3, 3) of cameras all around, the first of which is the reference: level, from a bit above.
 
-    Args:
-        up: (3,) unit vector, object frame; z if it is not known.
-        level: of the icosphere; 162 directions.
+    ``up`` (3,) is a unit vector, object frame; z if it is not known.
     """
     R_upright_object = turn_to(np.array([0.0, 0.0, 1.0]) if up is None else up)
     front = np.array([[np.cos(np.radians(30)), 0.0, np.sin(np.radians(30))]])
-    rotations: Array = look_at(np.concatenate([front, icosphere(level)])) @ R_upright_object
+    rotations: Array = look_at(np.concatenate([front, icosphere(2)])) @ R_upright_object
     return rotations
 
 

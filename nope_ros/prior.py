@@ -25,6 +25,9 @@ PRIORS: tuple[Prior, ...] = ("free", "upright", "standing")
 FREEDOM: dict[Prior, int] = {"free": 3, "upright": 2, "standing": 1}
 """In how many directions a rotation can err, as far as gravity is true."""
 
+# Of the grid over all rotations (``rotation_grid``): 4608 of them, 15° apart.
+_FREE_LEVEL = 2
+# Turns about gravity of an object that stands: 5° apart.
 _YAWS = 72
 
 
@@ -77,19 +80,19 @@ def elevation(gravity_virtual: Array) -> float:
     return float(np.arcsin(np.clip(gravity_virtual[2] / np.linalg.norm(gravity_virtual), -1, 1)))
 
 
-def free_rotations(level: int = 2) -> Array:
-    """Relative rotations (N, 3, 3) between virtual cameras when nothing is known: 4608 of them, 15° apart."""
-    return rotation_grid(level)
+def free_rotations() -> Array:
+    """Relative rotations (4608, 3, 3) between virtual cameras when nothing is known, 15° apart."""
+    return rotation_grid(_FREE_LEVEL)
 
 
-def free_rolls(level: int = 2) -> tuple[Array, Array]:
-    """The same as 192 rotations (V, 3, 3), and 24 rolls (P,), radians, of the reference before each of them."""
-    return grid_rolls(level)
+def free_rolls() -> tuple[Array, Array]:
+    """The same as rotations (192, 3, 3), and rolls (24,), radians, of the reference before each of them."""
+    return grid_rolls(_FREE_LEVEL)
 
 
-def viewpoints(level: int = 3) -> Array:
+def viewpoints() -> Array:
     """Unit vectors (642, 3) from the object to the camera, object z up."""
-    return icosphere(level)
+    return icosphere(3)
 
 
 def upright_rotations(gravity_virtual_reference: Array) -> Array:
@@ -108,12 +111,12 @@ def _upright_rotations(elevation: float) -> Array:
     return rotations
 
 
-def standing_rotations(gravity_virtual_reference: Array, gravity_virtual_query: Array, count: int = _YAWS) -> Array:
+def standing_rotations(gravity_virtual_reference: Array, gravity_virtual_query: Array) -> Array:
     """All rotations (72, 3, 3) that take gravity in the reference to gravity in the query, 5° apart.
 
     Whatever the cameras' elevations: looking straight down, where azimuth and roll are one, is no special case.
     """
-    yaw = exp(np.arange(count)[:, None] * [0.0, 0.0, 2 * np.pi / count])
+    yaw = exp(np.arange(_YAWS)[:, None] * [0.0, 0.0, 2 * np.pi / _YAWS])
     rotations: Array = turn_to(-gravity_virtual_query).T @ yaw @ turn_to(-gravity_virtual_reference)
     return rotations
 

@@ -31,11 +31,6 @@ def geodesic_distance(R_a: Array, R_b: Array) -> Array:
     return angle
 
 
-def rotation_6d(R: Array) -> Array:
-    """The first two rows of R (..., 3, 3) as (..., 6): continuous, unlike angles (Zhou et al., CVPR 2019)."""
-    return np.ascontiguousarray(R[..., :2, :]).reshape(*R.shape[:-2], 6)
-
-
 def exp(rotation_vector: Array) -> Array:
     """Rotation matrices (..., 3, 3) of rotation vectors (..., 3) in radians."""
     vectors = np.asarray(rotation_vector, dtype=np.float64)
@@ -48,23 +43,18 @@ def log(R: Array) -> Array:
     return Rotation.from_matrix(R.reshape(-1, 3, 3)).as_rotvec().reshape(*R.shape[:-2], 3)
 
 
-def turn_to(ray: Array, roll: float = 0.0) -> Array:
-    """Rotation R_virtual_camera of a camera turned to look along a ray, then rolled about its new axis.
+def turn_to(ray: Array) -> Array:
+    """Rotation R_virtual_camera (3, 3) of a camera turned to look along a ray (3,), camera axes.
 
     The turn is the smallest one, so it adds no roll of its own.
-
-    Args:
-        ray: (3,) direction in camera axes.
-        roll: radians; image content turns by this angle from x towards y.
     """
     ray = ray / np.linalg.norm(ray)
     axis = np.cross(ray, [0.0, 0.0, 1.0])
     sine = float(np.linalg.norm(axis))
     if sine > 1e-12:
-        turn = exp(axis / sine * np.arctan2(sine, ray[2]))
-    else:  # along the axis already, or against it: half a turn about x
-        turn = np.diag([1.0, np.sign(ray[2]), np.sign(ray[2])])
-    return exp(np.array([0.0, 0.0, roll])) @ turn
+        return exp(axis / sine * np.arctan2(sine, ray[2]))
+    # Along the axis already, or against it: half a turn about x.
+    return np.diag([1.0, np.sign(ray[2]), np.sign(ray[2])])
 
 
 def twist(R: Array) -> Array:

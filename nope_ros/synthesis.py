@@ -41,6 +41,10 @@ _WIDEST_PEAK = np.radians(15.0)
 # than a top that is hardly higher. On held-out training objects, of upright answers that were right, this leaves 6 %
 # worse by more than 2° and 10 % better by as much, where all climbs together made 23 % worse and 25 % better.
 _WORTHWHILE = 0.2
+# Most radians for one step of a climb.
+_LONGEST_STEP = np.radians(10)
+# Hypotheses that end this near to each other, radians, are one, and their probabilities add up.
+_AGREEMENT = np.radians(10)
 
 
 @dataclass(frozen=True)
@@ -182,9 +186,7 @@ class Freedom:
         return up
 
 
-def climb(
-    objective: Objective, starts: Array, freedom: Freedom, *, steps: int = 12, longest: float = np.radians(10)
-) -> tuple[Array, Climb]:
+def climb(objective: Objective, starts: Array, freedom: Freedom, *, steps: int = 12) -> tuple[Array, Climb]:
     """From starts (K, 3, 3) uphill, all at once; never below where they started.
 
     Newton's steps where the curvature is known, plain gradients with an adapted length where not; a step that leads
@@ -195,7 +197,6 @@ def climb(
         starts: rotations between the virtual cameras.
         freedom: which turns are allowed.
         steps: most evaluations after the first.
-        longest: most radians for one step.
 
     Returns:
         Rotations (K, 3, 3), and the objective there.
@@ -216,7 +217,7 @@ def climb(
         length = np.linalg.norm(step, axis=1)
         if (length < np.radians(0.1)).all():
             break
-        step *= np.minimum(1, longest / np.maximum(length, 1e-12))[:, None]
+        step *= np.minimum(1, _LONGEST_STEP / np.maximum(length, 1e-12))[:, None]
         tried = freedom.turned(best, step)
         there = objective(tried)
         better = there.value > at.value
@@ -234,16 +235,7 @@ def climb(
 
 
 class SynthesisRefiner:
-    """Climbs from every mode of the distribution at once, keeps climbs that gain enough, and lets them vote.
-
-    Args:
-        steps: most steps of a climb.
-        agreement: hypotheses that end this near to each other, radians, are one, and their probabilities add up.
-    """
-
-    def __init__(self, steps: int = 12, agreement: float = np.radians(10)) -> None:
-        self.steps = steps
-        self.agreement = agreement
+    """Climbs from every mode of the distribution at once, keeps climbs that gain enough, and lets them vote."""
 
     def refine(self, query: Query, registered: RegisteredObject, estimate: PoseEstimate) -> Refined | None:
         """See ``Refiner``.
@@ -263,11 +255,11 @@ class SynthesisRefiner:
             freedom = Freedom(estimate.prior, None if down is None else R_view_reference @ down, query.gravity_virtual)
             starts = rotations[members] @ R_view_reference.T
             begun = likelihood(starts).value
-            climbed, at = climb(likelihood, starts, freedom, steps=self.steps)
+            climbed, at = climb(likelihood, starts, freedom)
             worthwhile = at.value - begun >= _WORTHWHILE
             rotations[members] = np.where(worthwhile[:, None, None], climbed, starts) @ R_view_reference
             values[members] = np.where(worthwhile, at.value, begun)
-        masses, kept = vote(rotations, masses, values, self.agreement)
+        masses, kept = vote(rotations, masses, values, _AGREEMENT)
         found = registered.egocentric(rotations[kept], query)
         modes = tuple(Mode(R, float(mass)) for R, mass in zip(found, masses, strict=True))
         return Refined("synthesis", modes, rotation_covariance(estimate.distribution, found[0]))

@@ -124,7 +124,6 @@ def test_sliding_brings_surfaces_together(seed: int) -> None:
     start = t + 0.005 * np.array([0.6, -0.48, 0.64])
     slid = slide(seen, facing @ R.T, model, exp(turn) @ R, start, start, tolerance=0.04)
     assert slid is not None
-    assert slid.after < 0.75 * slid.before
     assert geodesic_distance(slid.R, R) < np.radians(1.5)
     assert np.linalg.norm(slid.t - t) < 0.0015
 

@@ -43,8 +43,8 @@ from nope_ros.latent import ErrorModel, PaperUNetPredictor, RotatedLatentPredict
 from nope_ros.models.paper_unet import PaperUNet, PaperUNetConfig
 from nope_ros.models.rotated_latent import RotatedLatentConfig, RotatedLatentNetwork
 from nope_ros.models.rotation_regression import RotationRegression, RotationRegressionConfig
-from nope_ros.prior import PRIORS, elevation, free_rotations, hypotheses
-from nope_ros.rotations import exp, geodesic_distance, look_at
+from nope_ros.prior import PRIORS, elevation, hypotheses
+from nope_ros.rotations import exp, geodesic_distance, look_at, rotation_grid
 from nope_ros.training import calibrate, render_cache
 from nope_ros.training.mesh import UP_AXES, load_mesh, make_mesh
 from nope_ros.training.pairs import DataConfig, RenderCache
@@ -238,7 +238,7 @@ def random_distribution(rng, rotations):
 
 def test_an_honest_distribution_is_on_the_diagonal():
     rng = np.random.default_rng(0)
-    rotations = free_rotations(1)
+    rotations = rotation_grid(1)
     scores = []
     for _ in range(1500):
         distribution = random_distribution(rng, rotations)
@@ -268,7 +268,7 @@ def test_truth_is_counted_as_the_nearest_cell_that_the_prior_allows():
 
 def test_coverage_is_that_of_the_credible_set():
     rng = np.random.default_rng(1)
-    rotations = free_rotations(1)
+    rotations = rotation_grid(1)
     for _ in range(100):
         distribution = random_distribution(rng, rotations)
         cell = int(rng.integers(len(rotations)))
@@ -278,7 +278,7 @@ def test_coverage_is_that_of_the_credible_set():
 
 
 def test_knowing_nothing_is_zero_nats():
-    rotations = free_rotations(1)
+    rotations = rotation_grid(1)
     flat = RotationDistribution.from_log_likelihood(rotations, np.zeros(len(rotations)))
     assert calibration(flat, Rotation.random(rng=np.random.default_rng(0)).as_matrix()).nll == pytest.approx(0)
 
