@@ -125,36 +125,19 @@ class Surface:
         return best
 
 
-def align(
-    a: RegisteredObject,
-    b: RegisteredObject,
-    *,
-    extractor: FeatureExtractor | None = None,
-    cycles: bool = True,
-    gate: float = GATE,
-    seed: int = 0,
+def align_surfaces(
+    a: Surface, b: Surface, *, cycles: bool = True, by_latents: bool = True, gate: float = GATE
 ) -> Alignment:
-    """Lay object b over object a.
+    """Lay object b over object a; the same two objects give the same answer.
 
     Args:
         a: stays where it is.
         b: is moved.
-        extractor: of features; the latent's own network by default.
         cycles: weight points by how well they return; False is for comparison.
+        by_latents: whether the latents' correlation proposes and chooses; False is for comparison: as published.
         gate: least score that is accepted.
-        seed: draws the four-point hypotheses.
-
-    Raises:
-        InputError: if one of them was not registered from a walk.
     """
-    return align_surfaces(Surface.of(a, extractor), Surface.of(b, extractor), cycles=cycles, gate=gate, seed=seed)
-
-
-def align_surfaces(
-    a: Surface, b: Surface, *, cycles: bool = True, by_latents: bool = True, gate: float = GATE, seed: int = 0
-) -> Alignment:
-    """As ``align``; without ``by_latents`` as published: the latents' correlation neither proposes nor chooses."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)  # draws the four-point hypotheses
     similar = a.likeness(b)
     to_b, to_a = similar.argmax(axis=1), similar.argmax(axis=0)
     weight_a = _weights(a, to_a[to_b], cycles)
@@ -244,13 +227,13 @@ def _bandwidth(surface: Surface) -> int:
     return round(surface.latent.shape[0] ** 0.5) - 1
 
 
-def _by_correlation(a: Surface, b: Surface, count: int = 8) -> list[Array]:
-    """Rotations from b to a at which the latents agree best, at least 30° apart."""
+def _by_correlation(a: Surface, b: Surface) -> list[Array]:
+    """The eight rotations from b to a at which the latents agree best, at least 30° apart."""
     grid = free_rotations()
     score = free_turns(_bandwidth(a), a.latent.device).values(correlation(a.latent[None], b.latent[None]))
     left = score[:, 0].double().numpy().copy()
     found = []
-    for _ in range(count):
+    for _ in range(8):
         peak = grid[int(np.argmax(left))]
         found.append(peak)
         left[(grid.reshape(-1, 9) @ peak.ravel() - 1) / 2 > np.cos(np.radians(30))] = -np.inf

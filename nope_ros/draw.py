@@ -614,7 +614,6 @@ def draw_panel(
     query: Picture,
     distribution: Picture,
     *,
-    reference_title: str = "one reference view",
     query_title: str = "",
     facts: Sequence[tuple[str, str]] = (),
     height: int = 480,
@@ -626,7 +625,7 @@ def draw_panel(
     side = round(200 * unit)
     column = np.full((height, side + round(32 * unit), 3), BACKGROUND, np.uint8)
     left, top = round(16 * unit), round(40 * unit)
-    _text(column, reference_title, (left, 24 * unit), round(16 * unit), BRIGHT, anchor="lm", bold=True)
+    _text(column, "one reference view", (left, 24 * unit), round(16 * unit), BRIGHT, anchor="lm", bold=True)
     column[top : top + side, left : left + side] = _resized(_square(reference), height=side)
     cv2.rectangle(
         column, (left, top), (left + side - 1, top + side - 1), _MARKS["reference"][0], max(1, round(2 * unit))
@@ -686,14 +685,14 @@ def stacked(upper: Picture, lower: Picture) -> Picture:
     return np.concatenate([upper, _resized(lower, width=upper.shape[1])], axis=0)
 
 
-def mask_only(image: Picture, mask: NDArray[np.bool_], margin: float = 0.12, dim: float = 0.35) -> Picture:
+def mask_only(image: Picture, mask: NDArray[np.bool_]) -> Picture:
     """The square around a mask (H, W), what is outside the mask dimmed: how a reference view is shown."""
     columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
     if not columns.size:
         return _square(image)
     x, y = 0.5 * (columns[0] + columns[-1]), 0.5 * (rows[0] + rows[-1])
-    side = (1 + 2 * margin) * max(columns[-1] - columns[0], rows[-1] - rows[0]) + 1
-    dimmed = np.where(mask[..., None], image, (image * dim).astype(np.uint8))
+    side = 1.24 * max(columns[-1] - columns[0], rows[-1] - rows[0]) + 1  # a margin of 12 %
+    dimmed = np.where(mask[..., None], image, (image * 0.35).astype(np.uint8))
     size = round(float(np.clip(side, 64, 512)))
     scale = size / side
     cut = np.array([[scale, 0, size / 2 - scale * x], [0, scale, size / 2 - scale * y]])

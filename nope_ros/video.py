@@ -688,15 +688,15 @@ def _levelled(view: View, gravity_camera: Array) -> View:
     )
 
 
-def outline_radii(views: Sequence[View], R_camera_object: Array, t_camera_object: Array, steps: int = 40) -> Array:
+def outline_radii(views: Sequence[View], R_camera_object: Array, t_camera_object: Array) -> Array:
     """How far along each of ``HULL_DIRECTIONS`` points still lie within all outlines but one in ten: (162,).
 
     Args:
         views: with their crops.
         R_camera_object: (K, 3, 3).
         t_camera_object: (K, 3) of the object's origin.
-        steps: of the radius.
     """
+    steps = 40  # of the radius
     distance = np.linalg.norm(t_camera_object, axis=1)
     reach = float(np.max(distance * [view.crop.angular_radius for view in views])) * 1.1
     radii = (np.arange(steps) + 1) / steps * reach

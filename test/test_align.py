@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from test_features import vit
 
 from nope_ros import InputError, PoseEstimator
-from nope_ros.align import Alignment, Surface, align, align_surfaces, in_frame_of_a
+from nope_ros.align import Alignment, Surface, align_surfaces, in_frame_of_a
 from nope_ros.align import _umeyama as umeyama
 from nope_ros.cli import main
 from nope_ros.features import FeatureExtractor
@@ -64,6 +64,10 @@ def walk(estimator, number, first, turned=None, size=1.0):
         frames.append(frame)
         poses.append((R @ turned.T, AHEAD * size))
     return estimator.register_views(frames, poses=poses, object_id=f"object{number}", keyframes=8)
+
+
+def align(a, b, extractor=None):
+    return align_surfaces(Surface.of(a, extractor), Surface.of(b, extractor))
 
 
 @pytest.fixture(scope="module")

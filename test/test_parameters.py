@@ -140,9 +140,9 @@ def test_the_configuration_file_is_read_by_ros(ros: None) -> None:
 
 
 def test_tables_name_everything() -> None:
-    assert all(f"`{spec.name}`" in reference.parameters_table() for spec in SPECS)
-    assert all(f"`{endpoint.name}`" in reference.topics_table() for endpoint in topics.ENDPOINTS)
-    assert "| in | `mask` | sensor_msgs/msg/Image |" in reference.topics_table()
+    assert all(f"`{spec.name}`" in parameters.table() for spec in SPECS)
+    assert all(f"`{endpoint.name}`" in topics.table() for endpoint in topics.ENDPOINTS)
+    assert "| in | `mask` | sensor_msgs/msg/Image |" in topics.table()
 
 
 def test_readme_has_the_tables() -> None:

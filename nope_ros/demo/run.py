@@ -195,9 +195,8 @@ class Pictures:
             note=f"prior: {prior} · {_ANSWERS[Ambiguity(pose.ambiguity)]}",
         )
 
-    def panel(self, moment: Moment, shown: Shown, scale: float = 1.0) -> draw.Picture:
+    def panel(self, moment: Moment, shown: Shown) -> draw.Picture:
         """Reference | frame with axes | distribution."""
-        height = round(_PANEL[1] * scale)
         facts = []
         pose, score, latency = shown.answer.pose, shown.score, shown.answer.latency
         if pose is not None:
@@ -211,11 +210,11 @@ class Pictures:
             facts.append(("image to pose", f"{1000 * latency:.0f} ms"))
         return draw.draw_panel(
             self._reference,
-            self.overlay(moment, shown, round(_PANEL[0] * scale), height),
-            self.distribution(shown, round(420 * scale)),
+            self.overlay(moment, shown, *_PANEL),
+            self.distribution(shown, 420),
             query_title=f"frame {shown.index}",
             facts=facts,
-            height=height,
+            height=_PANEL[1],
         )
 
     def caption(self, shown: Shown) -> tuple[str, bool | None]:

@@ -74,16 +74,16 @@ def figures(scores: Sequence[FrameScore]) -> dict[str, Any]:
     }
 
 
-def within(scores: Sequence[FrameScore], degrees: float = WITHIN) -> list[FrameScore]:
-    """Those seen from less than ``degrees`` away from the reference."""
-    return [score for score in scores if score.view_angle_deg < degrees]
+def within(scores: Sequence[FrameScore]) -> list[FrameScore]:
+    """Those seen from less than ``WITHIN`` degrees away from the reference."""
+    return [score for score in scores if score.view_angle_deg < WITHIN]
 
 
-def percentiles(values: Sequence[float], digits: int = 1) -> dict[str, float | None]:
-    """{p50, p95}, None without values."""
+def percentiles(values: Sequence[float]) -> dict[str, float | None]:
+    """{p50, p95} to one digit after the point, None without values."""
     if not values:
         return {"p50": None, "p95": None}
-    return {name: _rounded(np.percentile(values, q), digits) for name, q in (("p50", 50), ("p95", 95))}
+    return {name: _rounded(np.percentile(values, q), 1) for name, q in (("p50", 50), ("p95", 95))}
 
 
 def _percent(hits: NDArray[np.bool_]) -> float:

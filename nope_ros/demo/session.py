@@ -170,10 +170,10 @@ class NodeProcess:
         if code is not None:
             raise SessionError(f"the node has ended with exit code {code}; its last words ({self.log}):\n{self.tail()}")
 
-    def tail(self, lines: int = 15) -> str:
-        """The last lines it wrote."""
+    def tail(self) -> str:
+        """The last 15 lines it wrote."""
         text = self.log.read_text(encoding="utf-8", errors="replace")
-        return "\n".join("  " + line for line in text.splitlines()[-lines:])
+        return "\n".join("  " + line for line in text.splitlines()[-15:])
 
     def stop(self) -> int:
         """Ask it to end, insist if it does not; returns the exit code."""

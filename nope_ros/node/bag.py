@@ -418,10 +418,10 @@ def _frame(
     return Entry(kept, outputs.present, len(result.seen))
 
 
-def attempt(job: Job, report: Report = lambda done, total: None) -> Summary:
+def attempt(job: Job) -> Summary:
     """As ``process``, with what goes wrong told in the summary: one bad bag does not end the others."""
     try:
-        return process(job, report)
+        return process(job)
     except InputError as error:
         return Summary(job.target, error=str(error))
     except OSError as error:

@@ -13,16 +13,6 @@ from nope_ros.node import parameters, topics
 DOCUMENTS = (Path("README.md"), Path("docs/reference.md"))
 
 
-def topics_table() -> str:
-    """Topics and services as a Markdown table."""
-    return topics.table()
-
-
-def parameters_table() -> str:
-    """Parameters as a Markdown table."""
-    return parameters.table()
-
-
 def definitions(root: Path) -> str:
     """Messages and services of a checkout, comments and all, as Markdown."""
     parts = []
@@ -42,7 +32,7 @@ def with_tables(readme: str, root: Path = Path()) -> str:
     Raises:
         ValueError: if a marker has no end.
     """
-    tables = {"topics": topics_table(), "parameters": parameters_table(), "definitions": definitions(root)}
+    tables = {"topics": topics.table(), "parameters": parameters.table(), "definitions": definitions(root)}
     for name, table in tables.items():
         begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         if (begin in readme) != (end in readme):
