@@ -14,11 +14,6 @@ ROOT = Path(__file__).parents[1]
 PHOTOGRAPHS = ROOT.parent / "shared" / "data" / "real"
 
 
-@pytest.fixture(scope="module")
-def estimator():
-    return PoseEstimator.from_pretrained(device="cpu")
-
-
 def judged(estimator, folder, prior, step=1):
     moments = list(open_recording(folder))[::step]
     frames = [Frame.from_arrays(moment.image, moment.mask, moment.camera) for moment in moments]

@@ -9,19 +9,18 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rendered import photograph
 from safetensors.torch import save_file
 from test_features import vit
 
-from nope_ros import InputError, PoseEstimator
+from nope_ros import InputError
 from nope_ros.align import Alignment, Surface, align_surfaces, in_frame_of_a
 from nope_ros.align import _umeyama as umeyama
 from nope_ros.cli import main
 from nope_ros.features import FeatureExtractor
-from nope_ros.frame import Frame
 from nope_ros.rotations import exp, geodesic_distance, look_at
 from nope_ros.store import ObjectStore
 from nope_ros.training.procedural import procedural_object
-from nope_ros.training.render import Lighting, render
 
 K = np.array([[400.0, 0, 119.5], [0, 400.0, 119.5], [0, 0, 1]])
 SEQUENCE = Path(__file__).resolve().parent.parent / "demo" / "sequence"
@@ -48,11 +47,10 @@ def test_points_on_a_line_give_none():
     assert umeyama(line, line) is None
 
 
-def photograph(number, angle):
+def frame_at(number, angle):
     """A frame of a mesh, and its R_camera_mesh."""
     R = look_at(np.array([np.cos(angle), np.sin(angle), 0.5 * np.sin(2 * angle)]))
-    view = render(procedural_object(number).normalised()[0], R, AHEAD, K, 240, 240, lighting=Lighting.uniform())
-    return Frame.from_arrays(view.rgb, view.mask, K), R
+    return photograph(procedural_object(number).normalised()[0], R, AHEAD, K, (240, 240)), R
 
 
 def walk(estimator, number, first, turned=None, size=1.0):
@@ -60,7 +58,7 @@ def walk(estimator, number, first, turned=None, size=1.0):
     turned = np.eye(3) if turned is None else turned
     frames, poses = [], []
     for angle in first + np.arange(8) * 2 * np.pi / 8:
-        frame, R = photograph(number, angle)
+        frame, R = frame_at(number, angle)
         frames.append(frame)
         poses.append((R @ turned.T, AHEAD * size))
     return estimator.register_views(frames, poses=poses, object_id=f"object{number}", keyframes=8)
@@ -68,11 +66,6 @@ def walk(estimator, number, first, turned=None, size=1.0):
 
 def align(a, b, extractor=None):
     return align_surfaces(Surface.of(a, extractor), Surface.of(b, extractor))
-
-
-@pytest.fixture(scope="module")
-def estimator():
-    return PoseEstimator.from_pretrained(device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +147,7 @@ def test_an_object_saved_in_the_frame_of_another_has_its_poses(tmp_path, estimat
     assert "Stored 'b_as_a'" in capsys.readouterr().out
     (saved,) = (one for one in store.load_all(estimator.predictor).objects if one.object_id == "b_as_a")
     for angle in (0.2, 2.1, 4.4):
-        frame, R = photograph(11, angle)
+        frame, R = frame_at(11, angle)
         (found,) = estimator.estimate_frame(frame, [saved])
         assert np.degrees(geodesic_distance(found.R_camera_object, R @ a.keyframes.R_fixed_object)) < 20
         true = AHEAD + R @ a.keyframes.t_fixed_object  # in the unit of A; three of B's
@@ -175,7 +168,7 @@ def test_another_frame_changes_nothing_but_the_frame(estimator, recordings):
     R, t, scale = exp(np.array([0.3, 1.2, -0.7])), np.array([0.4, -0.9, 1.1]), 2.0
     moved = in_frame_of_a(b, Alignment(scale, R, t, 1.0, 1.0, 1.0, 1.0, accepted=True), "moved")
     for angle in (0.7, 3.0):
-        frame, _ = photograph(11, angle)
+        frame, _ = frame_at(11, angle)
         query = estimator.look(frame)
         before, after = (estimator.match(query, one) for one in (b, moved))
         # What follows computes in bfloat16, and rotations of other frames round otherwise.
@@ -224,10 +217,6 @@ def test_recordings_are_read_as_register_reads_them(tmp_path, monkeypatch, capsy
 
 
 def test_one_view_is_not_enough(estimator):
-    mesh = procedural_object(11).normalised()[0]
-    view = render(
-        mesh, look_at(np.array([1.0, 0, 0.5])), np.array([0, 0, 5.0]), K, 240, 240, lighting=Lighting.uniform()
-    )
-    registered = estimator.register(view.rgb, view.mask, K)
+    registered = estimator.register_frame(frame_at(11, 0.5)[0])
     with pytest.raises(InputError, match="back"):
         Surface.of(registered)

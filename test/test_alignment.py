@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import trimesh
 
-from nope_ros import InputError, PoseEstimator
+from nope_ros import InputError
 from nope_ros.cli import main
 from nope_ros.evaluation.alignment import (
     AlignmentReport,
@@ -48,8 +48,7 @@ def test_things_are_of_a_kind_by_name(folder):
         kinds_of(folder, ["couch"])
 
 
-def test_pairs_are_registered_aligned_and_held_against_their_makers_axes(folder, tmp_path):
-    estimator = PoseEstimator.from_pretrained(device="cpu")
+def test_pairs_are_registered_aligned_and_held_against_their_makers_axes(folder, estimator, tmp_path):
     report = evaluate_alignment(folder, estimator, views=8, cache=tmp_path / "symmetry.json", pictures=tmp_path / "out")
     assert [one.name for one in (tmp_path / "out").iterdir()] == [
         "kaykit_furniture_chair_A_kaykit_furniture_chair_B.png"
@@ -60,14 +59,13 @@ def test_pairs_are_registered_aligned_and_held_against_their_makers_axes(folder,
     assert json.loads(report.to_json())["features"] == "latents"
 
 
-def test_of_no_known_kind_recordings_of_one_object_and_different_objects_are_compared(folder, tmp_path):
+def test_of_no_known_kind_recordings_of_one_object_and_different_objects_are_compared(folder, estimator, tmp_path):
     (tmp_path / "garden").mkdir()
     for name, mesh in (("spade", seat(1.0, [180, 60, 60, 255])), ("bench", seat(0.4, [40, 160, 60, 255]))):
         mesh.export(tmp_path / "garden" / f"{name}.glb")
     assert kinds_of(tmp_path) == {"": ["garden/bench", "garden/spade"]}
     with pytest.raises(InputError, match="no two objects"):
         kinds_of(tmp_path, ["chair"])
-    estimator = PoseEstimator.from_pretrained(device="cpu")
     report = evaluate_alignment(tmp_path, estimator, views=8, gate=0.1, cache=tmp_path / "symmetry.json")
     assert {one.relation for one in report.results} == {"one object", "different objects"}
     assert len(report.errors("one object", "ours")) == 2 and len(report.scores("different objects")) == 1

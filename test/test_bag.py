@@ -27,7 +27,6 @@ from node_process import (
     ros_context,
     scene,
     stamp,
-    write_untrained_weights,
 )
 from rclpy.serialization import serialize_message
 from rosbags.rosbag2 import StoragePlugin, Writer
@@ -39,6 +38,7 @@ from nope_ros.estimator import PoseEstimator
 from nope_ros.frame import InputError
 from nope_ros.node import bag, topics
 from nope_ros.node.bagfile import Recorded, open_bag, write_mcap
+from nope_ros.node.distro import nanoseconds
 from nope_ros.node.interfaces import define, deserialized, typestore
 from nope_ros.node.parameters import settings_from
 from nope_ros.srv import RegisterObject
@@ -53,11 +53,6 @@ COUNT = 8
 SEEN = {"confidence_threshold": 0.0, "similarity_threshold": -1.0, "threads": 1, "device": "cpu"}
 
 Message = tuple[str, Any]
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_untrained_weights(tmp_path_factory.mktemp("weights"))
 
 
 HIDDEN = """
@@ -141,7 +136,7 @@ def stamp_of(message: Any) -> int:
         message = message.transforms[0]
     if hasattr(message, "markers"):
         message = message.markers[0] if message.markers else None
-    return 0 if message is None else message.header.stamp.sec * 10**9 + message.header.stamp.nanosec
+    return 0 if message is None else nanoseconds(message.header.stamp)
 
 
 def settings(weights: Path, **more: Any) -> Any:

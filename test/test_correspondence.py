@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rendered import photograph
 
 from nope_ros.correspondence import CORRESPONDENCE_WEIGHTS, CorrespondenceRefiner, rolled
 from nope_ros.crop import VirtualCamera, depth_through, look_through
@@ -35,7 +36,7 @@ from nope_ros.prior import PRIORS, Prior, constrained
 from nope_ros.refine import Refined
 from nope_ros.rotations import exp, geodesic_distance, look_at, twist
 from nope_ros.training.procedural import procedural_object
-from nope_ros.training.render import render
+from nope_ros.training.render import Lighting
 from nope_ros.training.render_cache import random_finish, random_lighting
 from nope_ros.training.trust import SPREADS, choose, fit_support
 
@@ -172,8 +173,7 @@ def test_a_mesh_object_is_found_more_exactly() -> None:
         for _ in range(8):
             R, t, K = random_camera(rng, level=False)
             lighting = random_lighting(rng, R, random_finish(rng))
-            view = render(mesh, R, t, K, 640, 480, lighting=lighting)
-            query = estimator.look(Frame.from_arrays(view.rgb, view.mask, K))
+            query = estimator.look(photograph(mesh, R, t, K, (640, 480), lighting))
             template = estimator.match(query, registered)
             begin = time.process_time()
             pose = estimator.refine(query, registered, template)
@@ -189,9 +189,8 @@ def test_a_mesh_object_is_found_more_exactly() -> None:
     assert np.median(took) < 0.3
 
 
-def test_matches_and_outline_place_an_object_together() -> None:
+def test_matches_and_outline_place_an_object_together(estimator: PoseEstimator) -> None:
     """Each as far as it is to be trusted: the outline less, the farther the query is from the reference."""
-    estimator = PoseEstimator.from_pretrained(device="cpu")
     refiner = CorrespondenceRefiner.from_pretrained(device="cpu")
     mesh = procedural_object(FIRST_UNSEEN_SEED + 2).normalised()[0]
     down = np.array([0.0, 0.0, -1.0])
@@ -200,8 +199,7 @@ def test_matches_and_outline_place_an_object_together() -> None:
     def seen(degrees: float) -> tuple[Frame, np.ndarray]:
         angle = np.radians(degrees)
         R, t = look_at(np.array([np.cos(angle), np.sin(angle), 0.5])), np.array([0.0, 0.0, 5.0])
-        view = render(mesh, R, t, K, 640, 480)
-        return Frame.from_arrays(view.rgb, view.mask, K), R @ down
+        return photograph(mesh, R, t, K, (640, 480), Lighting()), R @ down
 
     frame, gravity = seen(0)
     registered = estimator.register_frame(frame, gravity_camera=gravity, reference_distance=5.0)
@@ -229,14 +227,13 @@ def seen_from(*directions: list[float], x: float = 0.0) -> tuple[list[Frame], li
     mesh = procedural_object(FIRST_UNSEEN_SEED + 2).normalised()[0]
     K = np.array([[600.0, 0, 319.5], [0, 600.0, 239.5], [0, 0, 1]])
     rotations = [look_at(np.array(direction)) for direction in directions]
-    views = [render(mesh, R, np.array([x, 0.0, 5.0]), K, 640, 480) for R in rotations]
-    return [Frame.from_arrays(view.rgb, view.mask, K) for view in views], [R @ [0.0, 0.0, -1.0] for R in rotations]
+    frames = [photograph(mesh, R, (x, 0.0, 5.0), K, (640, 480), Lighting()) for R in rotations]
+    return frames, [R @ [0.0, 0.0, -1.0] for R in rotations]
 
 
 @pytest.mark.parametrize("prior", ["free", "upright", "standing"])
-def test_templates_and_matches_turn_an_object_together(prior: Prior) -> None:
+def test_templates_and_matches_turn_an_object_together(estimator: PoseEstimator, prior: Prior) -> None:
     """The less the network is believed, the nearer to the templates; always as gravity allows, and surer than they."""
-    estimator = PoseEstimator.from_pretrained(device="cpu")
     refiner = CorrespondenceRefiner.from_pretrained(device="cpu")
     frames, gravity = seen_from([1.0, 0.0, 0.5], [1.0, 0.3, 0.4], x=0.3)
     level = gravity if prior != "free" else [None, None]
@@ -413,8 +410,7 @@ def test_what_was_looked_at_keeps_no_object_in_memory() -> None:
     """Objects that are registered again and again would fill it."""
     estimator = PoseEstimator.from_pretrained(device="cpu")
     K = np.array([[300.0, 0, 159.5], [0, 300.0, 119.5], [0, 0, 1]])
-    view = render(procedural_object(2).normalised()[0], np.eye(3), np.array([0.0, 0.0, 5.0]), K, 320, 240)
-    frame = Frame.from_arrays(view.rgb, view.mask, K)
+    frame = photograph(procedural_object(2).normalised()[0], np.eye(3), (0.0, 0.0, 5.0), K, lighting=Lighting())
     query = estimator.look(frame)
     seen = []
     for _ in range(3):

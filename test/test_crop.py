@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rendered import photograph
 
 from nope_ros.crop import FILL, outline, virtual_camera, virtual_crop
 from nope_ros.frame import Camera, Frame, InputError
@@ -19,8 +20,7 @@ LIGHT = Lighting.uniform()
 
 
 def frame_at(R, t, intrinsics=K, size=(640, 480)):
-    view = render(MESH, R, np.asarray(t, dtype=float), intrinsics, *size, lighting=LIGHT)
-    return Frame.from_arrays(view.rgb, view.mask, intrinsics)
+    return photograph(MESH, R, t, intrinsics, size)
 
 
 @pytest.mark.parametrize("t", [(0, 0, 7.0), (2.6, 0, 7.0), (-2.0, 1.8, 8.0), (2.8, -2.0, 7.5)])

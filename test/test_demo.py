@@ -188,16 +188,15 @@ def test_depth_of_a_folder_is_metres(tmp_path, poses):
         list(open_recording(tmp_path))
 
 
-def test_depth_of_a_walk_gives_metres_where_its_poses_do_not(tmp_path, poses, capsys):
+def test_depth_of_a_walk_gives_metres_where_its_poses_do_not(estimator, tmp_path, poses, capsys):
     from nope_ros.cli import main
-    from nope_ros.estimator import PoseEstimator
     from nope_ros.store import ObjectStore
 
     write_folder_with_depth(tmp_path, poses, unit=7.0)
     words = ["register", "lorry", "--folder", str(tmp_path), "--store", str(tmp_path), "--device", "cpu"]
     assert main([*words, "--not-metric"]) == 0
     assert "lengths: metres, by depth" in capsys.readouterr().out
-    (lorry,) = ObjectStore(tmp_path).load_all(PoseEstimator.from_pretrained(device="cpu").predictor).objects
+    (lorry,) = ObjectStore(tmp_path).load_all(estimator.predictor).objects
     true = np.linalg.norm(poses["images"][0]["t"])
     assert lorry.metric
     # The flat depth lies at the centre, and half a radius in front of it is where a surface is expected.
@@ -618,9 +617,8 @@ def write_moving(path, moments, R_map_object):
     write_mcap(path, sorted(recorded, key=lambda message: message.received))
 
 
-def test_a_walk_takes_the_cameras_motion_from_tf(ros, tmp_path, capsys):
+def test_a_walk_takes_the_cameras_motion_from_tf(ros, estimator, tmp_path, capsys):
     from nope_ros.cli import main
-    from nope_ros.estimator import PoseEstimator
     from nope_ros.store import ObjectStore
 
     moments = [half_size(moment) for moment in list(FolderRecording(SEQUENCE))[::6]]
@@ -632,7 +630,7 @@ def test_a_walk_takes_the_cameras_motion_from_tf(ros, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "poses given" in said and "up from gravity" in said and "lengths: metres, by the poses" in said
     assert said.count("no camera pose is known") == 2, "TF began after the first image, and ended before the last"
-    (mug,) = ObjectStore(tmp_path).load_all(PoseEstimator.from_pretrained(device="cpu").predictor).objects
+    (mug,) = ObjectStore(tmp_path).load_all(estimator.predictor).objects
     keyframes = mug.keyframes
     np.testing.assert_allclose(keyframes.R_fixed_object[:, 2], [0, 0, 1], atol=1e-6)
     assert np.linalg.norm(keyframes.t_fixed_object - [4.0, -2.0, 0.7]) < 0.3 * mug.reference.distance
@@ -644,7 +642,7 @@ def test_a_walk_takes_the_cameras_motion_from_tf(ros, tmp_path, capsys):
     # Laid over a walk of the bag itself, read with the same frame, it stays where it is.
     words_align = ["align", "mug", str(tmp_path / "walk.mcap"), "--fixed-frame", "map", "--store", str(tmp_path)]
     assert main([*words_align, "--device", "cpu", "--out", str(tmp_path / "pair.png"), "--save", "again"]) == 0
-    loaded = ObjectStore(tmp_path).load_all(PoseEstimator.from_pretrained(device="cpu").predictor).objects
+    loaded = ObjectStore(tmp_path).load_all(estimator.predictor).objects
     again, mug = sorted(loaded, key=lambda one: one.object_id)
     assert again.object_id == "again" and again.keyframes.provenance.poses == "given"
     assert np.degrees(geodesic_distance(again.reference.R_camera_object, mug.reference.R_camera_object)) < 5

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -13,7 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from node_process import HEIGHT, WIDTH, K, camera_info_message, image_message, scene, write_untrained_weights
+from node_process import HEIGHT, WIDTH, K, camera_info_message, image_message, scene
 
 from nope_ros.draw import Drawn, overlay
 from nope_ros.estimator import PoseEstimator, RegisteredObject
@@ -36,8 +37,8 @@ ANYTHING = Settings(similarity_threshold=-1.0)
 
 
 @pytest.fixture(scope="module")
-def estimator(tmp_path_factory: pytest.TempPathFactory) -> PoseEstimator:
-    return PoseEstimator.from_pretrained(write_untrained_weights(tmp_path_factory.mktemp("weights")), device="cpu")
+def estimator(weights: Path) -> PoseEstimator:
+    return PoseEstimator.from_pretrained(weights, device="cpu")
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rendered import photograph
 
 from nope_ros import InputError, PoseEstimator
 from nope_ros.distribution import Mode
@@ -32,8 +33,8 @@ REFERENCE = look_at(np.array([1.0, 0.4, 0.6]))
 
 
 def seen(R=REFERENCE, t=(0.0, 0.0, 8.0), intrinsics=K):
-    view = render(MESH, R, np.asarray(t, dtype=float), intrinsics, 320, 240, lighting=Lighting.uniform())
-    return view.rgb, view.mask, intrinsics
+    frame = photograph(MESH, R, t, intrinsics)
+    return frame.image, frame.mask, intrinsics
 
 
 def gravity(R=REFERENCE):

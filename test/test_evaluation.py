@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from rendered import cuboid, joined
 from scipy.spatial.transform import Rotation
 
 from nope_ros.crop import virtual_crop
@@ -56,20 +57,6 @@ WIDTH, HEIGHT = 160, 120
 
 
 # --- Objects --------------------------------------------------------------------------------------------------------
-
-
-def cuboid(size, centre=(0, 0, 0), colour=(180, 180, 180)):
-    corners = np.array([[x, y, z] for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)]) * 0.5 * np.asarray(size) + centre
-    quads = [(0, 1, 3, 2), (4, 6, 7, 5), (0, 4, 5, 1), (2, 3, 7, 6), (0, 2, 6, 4), (1, 5, 7, 3)]
-    faces = np.array([f for a, b, c, d in quads for f in ((a, b, c), (a, c, d))])
-    return corners, faces, np.tile(np.uint8(colour), (8, 1))
-
-
-def joined(*parts):
-    vertices, faces, colours = zip(*parts, strict=True)
-    starts = np.cumsum([0, *(len(v) for v in vertices)])
-    faces = np.concatenate([f + start for f, start in zip(faces, starts[:-1], strict=True)])
-    return make_mesh(np.concatenate(vertices), faces, colours=np.concatenate(colours))
 
 
 def tripod():

@@ -40,12 +40,9 @@ from node_process import (
     Robot,
     answering_node,
     camera_info_message,
-    connected_robot,
     image_message,
-    ros_context,
     scene,
     set_parameter,
-    write_untrained_weights,
 )
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image
 
@@ -106,24 +103,13 @@ def reliability(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_untrained_weights(tmp_path_factory.mktemp("weights"))
-
-
-@pytest.fixture(scope="module")
 def estimator(weights: Path) -> PoseEstimator:
     torch.set_num_threads(1)
     return PoseEstimator.from_pretrained(weights, device="cpu", batch_size=256)
 
 
 @pytest.fixture(scope="module")
-def context() -> Iterator[None]:
-    with ros_context():
-        yield
-
-
-@pytest.fixture(scope="module")
-def node(context: None, weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeProcess]:
+def node(ros: None, weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeProcess]:
     with answering_node(tmp_path_factory.mktemp("node"), weights) as node:
         yield node
 
@@ -131,19 +117,6 @@ def node(context: None, weights: Path, tmp_path_factory: pytest.TempPathFactory)
 @pytest.fixture(scope="module")
 def storage(node: NodeProcess) -> Path:
     return node.log.parent / "objects"
-
-
-@pytest.fixture(scope="module")
-def connected(node: NodeProcess) -> Iterator[Robot]:
-    with connected_robot() as robot:
-        yield robot
-
-
-@pytest.fixture
-def robot(connected: Robot) -> Iterator[Robot]:
-    yield connected
-    for object_id in connected.objects():
-        assert connected.unregister(object_id).success
 
 
 def stamp_of(message: Any) -> int:
@@ -157,7 +130,7 @@ def answers(robot: Robot, poses: str, when: int) -> list[Any]:
 # --- the process and its disk ---------------------------------------------------------------------------------------
 
 
-def test_killed_while_registering(context: None, weights: Path, tmp_path: Path) -> None:
+def test_killed_while_registering(ros: None, weights: Path, tmp_path: Path) -> None:
     """SIGKILL at a random moment while objects are registered: all that were confirmed are there afterwards."""
     image, mask = scene()
     dice = random.Random(0)
@@ -325,7 +298,7 @@ def test_weights_damaged_or_of_another_version(weights: Path, tmp_path: Path) ->
     )
 
 
-def test_out_of_gpu_memory(estimator: PoseEstimator, context: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_gpu_memory(estimator: PoseEstimator, ros: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """There is no GPU here: what PyTorch raises where memory ends is raised instead."""
     from nope_ros.node import node as module
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from diagnostic_msgs.msg import DiagnosticStatus
-from node_process import K, camera_info_message, image_message, scene, write_untrained_weights
+from node_process import K, camera_info_message, image_message, scene
 
 from nope_ros.distribution import Ambiguity
 from nope_ros.estimator import PoseEstimator
@@ -73,9 +74,9 @@ def test_marks_cost_nothing_that_can_be_measured() -> None:
         assert min(marks() for _ in range(20)) < 10e-6
 
 
-def test_every_stage_of_a_frame_is_measured(tmp_path: Any) -> None:
+def test_every_stage_of_a_frame_is_measured(weights: Path) -> None:
     image, mask = scene()
-    estimator = PoseEstimator.from_pretrained(write_untrained_weights(tmp_path), device="cpu")
+    estimator = PoseEstimator.from_pretrained(weights, device="cpu")
     known = [estimator.register(image, mask, K, object_id="mug")]
     received = FrameMessages(0, image_message(image, "rgb8"), image_message(mask, "mono8"), camera_info_message())
     begin = time.perf_counter()

@@ -20,7 +20,6 @@ from node_process import (
     image_message,
     ros_context,
     scene,
-    write_untrained_weights,
 )
 from vision_msgs.msg import Detection2D, Detection2DArray
 
@@ -123,11 +122,10 @@ def launched(log: Path, name: str, *words: str) -> Iterator[subprocess.Popen[byt
     assert "Traceback" not in log.read_text(), log.read_text()
 
 
-def test_nope_launch(launch: None, tmp_path: Path) -> None:
+def test_nope_launch(launch: None, weights: Path, tmp_path: Path) -> None:
     parameters = tmp_path / "mine.yaml"
     values = {"similarity_threshold": -1.0, "device": "cuda:77", "storage.directory": str(tmp_path / "objects")}
     parameters.write_text(yaml.safe_dump({"/**": {"ros__parameters": values}}))
-    weights = write_untrained_weights(tmp_path / "weights")
     words = ["namespace:=arm", "image:=/camera/color", "mask:=/detector/mask", "device:=cpu", f"weights:={weights}"]
     image, mask = scene()
     with ros_context(), launched(tmp_path / "log", "nope.launch.py", *words, f"params_file:={parameters}"):
@@ -145,9 +143,8 @@ def test_nope_launch(launch: None, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("listed", [True, False], ids=["a list", "an image"])
-def test_segmentation_launch(launch: None, tmp_path: Path, listed: bool) -> None:
+def test_segmentation_launch(launch: None, weights: Path, tmp_path: Path, listed: bool) -> None:
     """A network's list, in a namespace, becomes poses; so does its image, without the helper."""
-    weights = write_untrained_weights(tmp_path / "weights")
     parameters = tmp_path / "mine.yaml"
     values = {"similarity_threshold": -1.0, "storage.directory": str(tmp_path / "objects"), "weights": str(weights)}
     parameters.write_text(yaml.safe_dump({"/**": {"ros__parameters": values}}))
@@ -172,11 +169,10 @@ def test_segmentation_launch(launch: None, tmp_path: Path, listed: bool) -> None
             robot.close()
 
 
-def test_demo_launch(launch: None, tmp_path: Path) -> None:
+def test_demo_launch(launch: None, weights: Path, tmp_path: Path) -> None:
     sequence = ROOT / "demo" / "sequence"
     if not sequence.is_dir():
         pytest.skip("there is no bundled sequence")
-    weights = write_untrained_weights(tmp_path / "weights")
     words = [f"data:={sequence}", f"weights:={weights}", "device:=cpu", "loop:=false", "rate:=10"]
     with ros_context():
         robot = Robot()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import trimesh
+from rendered import photograph
 
 from nope_ros.estimator import PoseEstimator, RegisteredObject
 from nope_ros.frame import Frame, InputError
@@ -13,7 +14,7 @@ from nope_ros.mesh import read_mesh, view_rotations
 from nope_ros.rotations import exp, geodesic_distance, look_at
 from nope_ros.store import ObjectStore
 from nope_ros.training.mesh import Mesh
-from nope_ros.training.render import render
+from nope_ros.training.render import Lighting
 
 OFFSET = np.array([0.3, -0.1, 0.05])
 K = np.array([[600.0, 0, 319.5], [0, 600.0, 239.5], [0, 0, 1]])
@@ -36,22 +37,15 @@ def mesh_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def estimator() -> PoseEstimator:
-    """With the packaged weights."""
-    torch.set_num_threads(1)
-    return PoseEstimator.from_pretrained(device="cpu")
-
-
-@pytest.fixture(scope="module")
 def registered(estimator: PoseEstimator, mesh_file: Path) -> RegisteredObject:
     """From the mesh, standing on its flat side."""
+    torch.set_num_threads(1)
     return estimator.register_mesh(mesh_file, object_id="lopsided", gravity_object=np.array([0.0, 0.0, -1.0]))
 
 
-def photograph(mesh: Mesh, R: np.ndarray, t: np.ndarray) -> Frame:
+def frame_of(mesh: Mesh, R: np.ndarray, t: np.ndarray) -> Frame:
     """The mesh, whose origin is at t."""
-    seen = render(mesh, R, t, K, 640, 480)
-    return Frame.from_arrays(seen.rgb, seen.mask, K)
+    return photograph(mesh, R, t, K, (640, 480), Lighting())
 
 
 def test_pose_is_of_the_meshs_frame_in_metres(
@@ -66,9 +60,7 @@ def test_pose_is_of_the_meshs_frame_in_metres(
         centre = np.array([rng.uniform(-0.1, 0.1), rng.uniform(-0.1, 0.1), rng.uniform(0.5, 0.9)])
         t = centre - R @ OFFSET
         for prior, gravity in (("free", None), ("standing", R @ [0, 0, -1.0])):
-            pose = estimator.estimate_frame(photograph(mesh, R, t), [registered], prior=prior, gravity_camera=gravity)[
-                0
-            ]
+            pose = estimator.estimate_frame(frame_of(mesh, R, t), [registered], prior=prior, gravity_camera=gravity)[0]
             assert pose.metric
             angles.append(np.degrees(geodesic_distance(pose.R_camera_object, R)))
             # The origin is an arm's length away from the object: what counts is where that puts the object.
@@ -98,7 +90,7 @@ def test_store_keeps_a_mesh_object(
     store.save(registered)
     report = store.load_all(estimator.predictor)
     assert not report.problems
-    frame = photograph(read_mesh(mesh_file), look_at(np.array([1.0, 0.5, 0.4])), np.array([0.0, 0.0, 0.9]))
+    frame = frame_of(read_mesh(mesh_file), look_at(np.array([1.0, 0.5, 0.4])), np.array([0.0, 0.0, 0.9]))
     before, after = estimator.estimate_frame(frame, [registered, report.objects[0]], prior="free")
     assert np.degrees(geodesic_distance(before.R_camera_object, after.R_camera_object)) < 0.5
     np.testing.assert_allclose(before.t_camera_object, after.t_camera_object, atol=2e-3)

@@ -16,7 +16,6 @@ import pytest
 import rclpy
 import torch
 import trimesh
-from builtin_interfaces.msg import Time
 from geometry_msgs.msg import Pose, Quaternion, TransformStamped, Vector3
 from lifecycle_msgs.msg import Transition
 from lifecycle_msgs.srv import ChangeState, GetState
@@ -30,14 +29,11 @@ from node_process import (
     Robot,
     answering_node,
     camera_info_message,
-    connected_robot,
     image_message,
     reliable,
-    ros_context,
     scene,
     set_parameter,
     stamp,
-    write_untrained_weights,
 )
 from rcl_interfaces.srv import ListParameters
 from rclpy.qos import ReliabilityPolicy
@@ -49,6 +45,7 @@ from nope_ros.demo.player import LEVEL_FRAME, Player, registration_request
 from nope_ros.estimator import PoseEstimator
 from nope_ros.latent import DEFAULT_WEIGHTS
 from nope_ros.node import messages, topics
+from nope_ros.node.distro import nanoseconds
 from nope_ros.recording import open_recording
 from nope_ros.rotations import geodesic_distance, look_at
 from nope_ros.srv import RegisterFromStream, RegisterObject
@@ -61,34 +58,16 @@ UP_IS_Z = Rotation.from_matrix(np.array([[0, 0, 1.0], [-1, 0, 0], [0, -1, 0]])).
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_untrained_weights(tmp_path_factory.mktemp("weights"))
-
-
-@pytest.fixture(scope="module")
 def meshes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that the node may read meshes from."""
     return tmp_path_factory.mktemp("meshes")
 
 
 @pytest.fixture(scope="module")
-def node(weights: Path, meshes: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeProcess]:
+def node(ros: None, weights: Path, meshes: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeProcess]:
     values = {"mesh.directory": str(meshes)}
-    with ros_context(), answering_node(tmp_path_factory.mktemp("node"), weights, **values) as node:
+    with answering_node(tmp_path_factory.mktemp("node"), weights, **values) as node:
         yield node
-
-
-@pytest.fixture(scope="module")
-def connected(node: NodeProcess) -> Iterator[Robot]:
-    with connected_robot() as robot:
-        yield robot
-
-
-@pytest.fixture
-def robot(connected: Robot) -> Iterator[Robot]:
-    yield connected
-    for object_id in connected.objects():
-        connected.unregister(object_id)
 
 
 def rotation(q: Quaternion) -> np.ndarray:
@@ -189,7 +168,7 @@ def test_what_comes_out_is_what_the_library_computes(node: NodeProcess, robot: R
 
 
 def _nanoseconds(message: Any) -> int:
-    return message.header.stamp.sec * 10**9 + message.header.stamp.nanosec
+    return nanoseconds(message.header.stamp)
 
 
 def _values(message: Any) -> dict[str, str]:
@@ -511,7 +490,7 @@ def test_bad_frames_are_told_of_once_and_the_node_goes_on(node: NodeProcess, rob
     def send(*messages: tuple[str, Any]) -> None:
         when = time.time_ns()
         for topic, message in messages:
-            message.header.stamp = Time(sec=when // 10**9, nanosec=when % 10**9)
+            message.header.stamp = stamp(when)
             robot.publish(topic, message)
         time.sleep(0.03)
 
@@ -600,7 +579,7 @@ def test_gravity_from_tf(node: NodeProcess, robot: Robot) -> None:
     transform.transform.rotation = Quaternion(x=x, y=y, z=z, w=w)
     times = [time.time_ns() + seconds * 10**9 for seconds in (-1, 8)]
     for when in times:
-        transform.header.stamp = Time(sec=when // 10**9, nanosec=when % 10**9)
+        transform.header.stamp = stamp(when)
         robot.publish("/tf", TFMessage(transforms=[transform]))
     reference = image_message(image, "rgb8", time.time_ns())
     robot.until(lambda: robot.register("mug", image, mask, image=reference).success, "gravity from TF", 5)
@@ -758,7 +737,7 @@ def test_lifecycle_in_a_namespace_with_all_inputs_otherwise(weights: Path, tmp_p
         latched = robot.node.create_publisher(CameraInfo, "/arm/camera_info", topics.latched_qos())
         latched.publish(camera_info_message(when))
         felt = Imu()
-        felt.header.frame_id, felt.header.stamp = FRAME, Time(sec=when // 10**9, nanosec=when % 10**9)
+        felt.header.frame_id, felt.header.stamp = FRAME, stamp(when)
         felt.linear_acceleration.y = -9.81
         robot.publish("/arm/imu", felt)
         time.sleep(0.5)

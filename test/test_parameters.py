@@ -14,7 +14,6 @@ import rclpy
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from node_process import ros_context
 from rclpy.exceptions import InvalidParameterTypeException, InvalidParameterValueException
 from rclpy.node import Node
 from rclpy.parameter import Parameter
@@ -26,12 +25,6 @@ from nope_ros.node.parameters import BY_NAME, SPECS, Settings
 from nope_ros.store import check_object_id
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module")
-def ros() -> Iterator[None]:
-    with ros_context():
-        yield
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from rendered import cuboid, joined
 
 from nope_ros.rotations import look_at
 from nope_ros.training import render_cache
@@ -29,23 +30,13 @@ def square(size=1.0, **kwargs):
     return make_mesh(vertices, np.array([[0, 1, 2], [0, 2, 3]]), uv=uv, **kwargs)
 
 
-def box(size, centre, colour):
-    corners = np.array([[x, y, z] for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)]) * 0.5 * np.asarray(size) + centre
-    quads = [(0, 1, 3, 2), (4, 6, 7, 5), (0, 4, 5, 1), (2, 3, 7, 6), (0, 2, 6, 4), (1, 5, 7, 3)]
-    faces = np.array([f for a, b, c, d in quads for f in ((a, b, c), (a, c, d))])
-    return corners, faces, np.tile(colour, (8, 1))
-
-
 def tripod():
     """A red block along +x, a green one along +y, a blue one along +z: no rotation maps it to itself."""
-    parts = [
-        box((0.2, 0.2, 0.2), (0.8, 0, 0), RED),
-        box((0.2, 0.2, 0.2), (0, 0.5, 0), GREEN),
-        box((0.2, 0.2, 0.2), (0, 0, 0.6), BLUE),
-    ]
-    vertices, faces, colours = zip(*parts, strict=True)
-    faces = np.concatenate([f + 8 * i for i, f in enumerate(faces)])
-    return make_mesh(np.concatenate(vertices), faces, colours=np.concatenate(colours).astype(np.uint8))
+    return joined(
+        cuboid((0.2, 0.2, 0.2), (0.8, 0, 0), RED),
+        cuboid((0.2, 0.2, 0.2), (0, 0.5, 0), GREEN),
+        cuboid((0.2, 0.2, 0.2), (0, 0, 0.6), BLUE),
+    )
 
 
 def random_rotation(rng):
@@ -116,10 +107,8 @@ def test_depth_of_a_slanted_plane_is_exact():
 
 def test_nearer_surface_hides_the_farther_in_either_order():
     for order in (1, -1):
-        parts = [box((1, 1, 0.1), (0, 0, -0.5), RED), box((0.4, 0.4, 0.1), (0, 0, 0.5), GREEN)][::order]
-        faces = np.concatenate([parts[0][1], parts[1][1] + 8])
-        colours = np.concatenate([p[2] for p in parts]).astype(np.uint8)
-        mesh = make_mesh(np.concatenate([p[0] for p in parts]), faces, colours=colours)
+        parts = [cuboid((1, 1, 0.1), (0, 0, -0.5), RED), cuboid((0.4, 0.4, 0.1), (0, 0, 0.5), GREEN)][::order]
+        mesh = joined(*parts)
         middle = render(mesh, np.eye(3), (0, 0, 4), K, 128, 128, lighting=FLAT).rgb[60, 63]
         assert middle.argmax() == 0
         middle = render(mesh, np.diag([1.0, -1, -1]), (0, 0, 4), K, 128, 128, lighting=FLAT).rgb[60, 63]
@@ -391,7 +380,7 @@ def test_renders_are_fast_enough_to_train_on():
     assert best < 0.02  # 1.5 ms where it was written; a busy machine may take longer
 
 
-def joined(*parts):
+def together(*parts):
     vertices, faces = zip(*((mesh.vertices, mesh.faces) for mesh in parts), strict=True)
     starts = np.cumsum([0, *(len(one) for one in vertices)])
     return make_mesh(
@@ -408,7 +397,7 @@ DOWN = np.diag([1.0, -1, -1])
 
 
 def test_a_shadow_lies_where_the_light_throws_it():
-    mesh = joined(square(2.0), moved(square(0.4), (0, 0, 0.5)))
+    mesh = together(square(2.0), moved(square(0.4), (0, 0, 0.5)))
     towards = np.array([[0.5, 0.25, 1.0]]) / np.linalg.norm([0.5, 0.25, 1.0])
     light = Lighting(
         directions=(towards @ DOWN.T).astype(np.float32),
@@ -437,8 +426,7 @@ def test_a_shadow_lies_where_the_light_throws_it():
 
 
 def test_nothing_shades_a_convex_object():
-    vertices, faces, colours = box((1.0, 0.8, 0.6), (0, 0, 0), (200, 200, 200))
-    mesh = make_mesh(vertices, faces, colours=colours.astype(np.uint8))
+    mesh = joined(cuboid((1.0, 0.8, 0.6), colour=(200, 200, 200)))
     rng = np.random.default_rng(3)
     for _ in range(5):
         R = random_rotation(rng)
@@ -455,7 +443,7 @@ def test_a_corner_is_darker_than_an_open_side():
     """Light from all around: between two walls half of it is hidden, at a convex object's faces none."""
     wall = make_mesh(np.array([[0, -1, 0], [0, 1, 0], [0, 1, 2], [0, -1, 2.0]]), np.array([[0, 1, 2], [0, 2, 3]]))
     floor = make_mesh(np.array([[0, -1, 0], [2, -1, 0], [2, 1, 0], [0, 1, 0.0]]), np.array([[0, 1, 2], [0, 2, 3]]))
-    mesh = joined(wall, floor)
+    mesh = together(wall, floor)
     one, none = (0.5, 0.5, 0.5), np.zeros((0, 3), np.float32)
     even = Lighting(directions=none, colours=none, ambient_sky=one, ambient_ground=one, specular=0.0)
     around = ShadowMaps.of(mesh, all_around(64), 64)

@@ -7,9 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rendered import photograph
 from scipy.spatial.transform import Rotation
 
-from nope_ros import InputError, PoseEstimator
+from nope_ros import Frame, InputError
 from nope_ros.distribution import Mode, RotationDistribution
 from nope_ros.harmonics import generators, wigner_d
 from nope_ros.latent import PaperUNetPredictor, RotatedLatentPredictor
@@ -19,7 +20,7 @@ from nope_ros.refine import DEFAULT_REFINEMENT, Refined, moved
 from nope_ros.rotations import exp, geodesic_distance, log, look_at
 from nope_ros.synthesis import Freedom, HarmonicObjective, PredictedObjective, climb, objective, vote
 from nope_ros.training.procedural import procedural_object
-from nope_ros.training.render import Lighting, render
+from nope_ros.training.render import Lighting
 
 K = np.array([[400.0, 0, 159.5], [0, 400.0, 119.5], [0, 0, 1]])
 FREE = Freedom("free")
@@ -126,58 +127,53 @@ def paper():
 # --- climbs on the shipped weights ----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def shipped():
-    return PoseEstimator.from_pretrained(device="cpu")
-
-
 def seen(mesh, direction):
     R = look_at(np.array(direction))
-    view = render(mesh, R, np.array([0, 0, 8.0]), K, 320, 240, lighting=Lighting())
-    return view.rgb, view.mask, K, R @ [0, 0, -1.0]
+    frame = photograph(mesh, R, (0, 0, 8.0), K, lighting=Lighting())
+    return frame.image, frame.mask, K, R @ [0, 0, -1.0]
 
 
 @pytest.fixture(scope="module")
-def pairs(shipped):
+def pairs(estimator):
     """Reference and query latents (D,) of eight objects that training never drew, 35° apart."""
     found = []
     for seed in range(900_000_001, 900_000_009):
         mesh = procedural_object(seed).normalised()[0]
         image, mask, _, _ = seen(mesh, [1, 0.3, 0.6])
-        registered = shipped.register(image, mask, K)
+        registered = estimator.register(image, mask, K)
         image, mask, _, _ = seen(mesh, [0.8, -0.3, 0.5])
-        frame_latent = shipped.register(image, mask, K).latent
+        frame_latent = estimator.register(image, mask, K).latent
         found.append((frame_latent, registered.latent))
     return found
 
 
 @pytest.mark.parametrize("away, share", [(5, 0.95), (10, 0.85), (20, 0.6)])
-def test_starts_near_the_truth_reach_it(shipped, pairs, away, share):
+def test_starts_near_the_truth_reach_it(estimator, pairs, away, share):
     """The truth is known, and its basin right, where the query is what the predictor expects."""
     rng = np.random.default_rng(away)
     reached = []
     for _, reference in pairs:
         for truth in random_rotations(6, int(rng.integers(2**32))):
             R = torch.from_numpy(truth[None]).float()
-            query = turned(reference.reshape(1, *shipped.predictor.latent_shape), R).flatten()
+            query = turned(reference.reshape(1, *estimator.predictor.latent_shape), R).flatten()
             axes = rng.normal(size=(8, 3))
             starts = exp(np.radians(away) * axes / np.linalg.norm(axes, axis=1, keepdims=True)) @ truth
-            found, _ = climb(objective(shipped.predictor, query, reference), starts, FREE)
+            found, _ = climb(objective(estimator.predictor, query, reference), starts, FREE)
             reached += list(np.degrees(geodesic_distance(found, truth)) < 5)
     assert np.mean(reached) >= share
 
 
-def test_no_climb_ends_below_its_start(shipped, pairs):
+def test_no_climb_ends_below_its_start(estimator, pairs):
     for query, reference in pairs:
-        f = objective(shipped.predictor, query, reference)
+        f = objective(estimator.predictor, query, reference)
         starts = random_rotations(16)
         assert (climb(f, starts, FREE)[1].value >= f(starts).value).all()
 
 
-def test_priors_are_kept(shipped, pairs):
+def test_priors_are_kept(estimator, pairs):
     rng = np.random.default_rng(0)
     for query, reference in pairs[:4]:
-        f = objective(shipped.predictor, query, reference)
+        f = objective(estimator.predictor, query, reference)
         down_reference, down_query = (np.array([0, np.cos(a), np.sin(a)]) for a in rng.uniform(0.1, 1.2, 2))
         # Standing: all that take one gravity to the other.
         first = Rotation.align_vectors(down_query[None], down_reference[None])[0].as_matrix()
@@ -208,18 +204,18 @@ def test_those_that_agree_are_one():
 
 
 @pytest.mark.parametrize("prior", ["free", "upright", "standing"])
-def test_an_estimate_says_what_it_comes_from(shipped, prior):
+def test_an_estimate_says_what_it_comes_from(estimator, prior):
     mesh = procedural_object(900_000_003).normalised()[0]
     image, mask, _, down = seen(mesh, [1, 0.3, 0.6])
-    registered = shipped.register(
+    registered = estimator.register(
         image, mask, K, gravity_camera=down, R_camera_object=np.eye(3), t_camera_object=np.array([0.3, 0.1, 8.0])
     )
     image, mask, _, down = seen(mesh, [1, 0.1, 0.6])
-    query = shipped.look(shipped_frame(image, mask), down)
-    before = shipped.match(query, registered, prior)
-    after = shipped.refine(query, registered, before, "synthesis")
+    query = estimator.look(Frame.from_arrays(image, mask, K), down)
+    before = estimator.match(query, registered, prior)
+    after = estimator.refine(query, registered, before, "synthesis")
     assert (before.stage, after.stage) == ("template", "synthesis")
-    assert shipped.refine(query, registered, before, "none") is before
+    assert estimator.refine(query, registered, before, "none") is before
     assert after.distribution is before.distribution and after.metric
     assert [mode.probability for mode in after.modes] == sorted((m.probability for m in after.modes), reverse=True)
     np.testing.assert_allclose(after.R_camera_object, after.modes[0].R_camera_object)
@@ -228,36 +224,30 @@ def test_an_estimate_says_what_it_comes_from(shipped, prior):
     assert np.degrees(geodesic_distance(after.delta_R, before.delta_R)) < 20
 
 
-def shipped_frame(image, mask):
-    from nope_ros import Frame
-
-    return Frame.from_arrays(image, mask, K)
-
-
-def test_an_uninformative_distribution_is_left_alone(shipped):
+def test_an_uninformative_distribution_is_left_alone(estimator):
     mesh = procedural_object(900_000_003).normalised()[0]
     image, mask, _, down = seen(mesh, [1, 0.3, 0.6])
-    registered = shipped.register(image, mask, K, gravity_camera=down)
-    query = shipped.look(shipped_frame(image, mask), down)
-    found = shipped.match(query, registered, "standing")
+    registered = estimator.register(image, mask, K, gravity_camera=down)
+    query = estimator.look(Frame.from_arrays(image, mask, K), down)
+    found = estimator.match(query, registered, "standing")
     flat = RotationDistribution.from_log_likelihood(
         found.distribution.rotations, np.zeros(len(found.distribution.rotations))
     )
     unsure = replace(found, distribution=flat)
-    assert shipped.refine(query, registered, unsure, "synthesis") is unsure
+    assert estimator.refine(query, registered, unsure, "synthesis") is unsure
 
 
-def test_unknown_refinements_are_refused(shipped):
+def test_unknown_refinements_are_refused(estimator):
     with pytest.raises(InputError, match=r"refinement 'best' is unknown; known: none, correspondence, synthesis, both"):
-        shipped.refinement = "best"
-    assert shipped.refinement == DEFAULT_REFINEMENT
+        estimator.refinement = "best"
+    assert estimator.refinement == DEFAULT_REFINEMENT
 
 
-def test_a_refiner_speaks_of_the_centre_and_the_pose_of_the_origin(shipped):
+def test_a_refiner_speaks_of_the_centre_and_the_pose_of_the_origin(estimator):
     mesh = procedural_object(900_000_003).normalised()[0]
     image, mask, _, _ = seen(mesh, [1, 0.3, 0.6])
-    registered = shipped.register(image, mask, K, t_camera_object=np.array([0.3, 0.1, 8.0]))
-    before = shipped.estimate(image, mask, K, registered)
+    registered = estimator.register(image, mask, K, t_camera_object=np.array([0.3, 0.1, 8.0]))
+    before = estimator.estimate(image, mask, K, registered)
     # Nothing new: nothing moves.
     same = Refined("offsets", (Mode(before.delta_R, 1.0),), before.covariance[3:, 3:])
     after = moved(before, same, registered.reference)
@@ -272,20 +262,20 @@ def test_a_refiner_speaks_of_the_centre_and_the_pose_of_the_origin(shipped):
     assert np.linalg.norm(log(after.delta_R @ before.delta_R.T)) == pytest.approx(np.sqrt(0.14))
 
 
-def test_renders_of_a_mesh_are_turned_as_the_reference_is(shipped, tmp_path):
+def test_renders_of_a_mesh_are_turned_as_the_reference_is(estimator, tmp_path):
     import trimesh
 
     box = trimesh.creation.box((0.1, 0.06, 0.04))
     box.visual.face_colors = np.random.default_rng(0).integers(0, 255, (len(box.faces), 4))
     box.export(tmp_path / "box.glb")
-    registered = shipped.register_mesh(tmp_path / "box.glb", object_id="box")
+    registered = estimator.register_mesh(tmp_path / "box.glb", object_id="box")
     image, mask, _, _ = seen(procedural_object(900_000_003).normalised()[0], [1, 0.3, 0.6])
     # A query that looks just like one of the renders, and a mode beside it.
-    query = replace(shipped.look(shipped_frame(image, mask)), latent=registered.rendered.latents[40])
+    query = replace(estimator.look(Frame.from_arrays(image, mask, K)), latent=registered.rendered.latents[40])
     truth = query.crop.R_virtual_camera.T @ registered.rendered.R[40]
-    found = shipped.match(query, registered)
+    found = estimator.match(query, registered)
     beside = replace(found.modes[0], R_camera_object=exp(np.radians([3.0, -4, 5])) @ truth)
     delta_R = beside.R_camera_object @ registered.reference.R_camera_object.T
     start = replace(found, R_camera_object=beside.R_camera_object, delta_R=delta_R, modes=(beside,))
-    after = shipped.refine(query, registered, start, "synthesis")
+    after = estimator.refine(query, registered, start, "synthesis")
     assert np.degrees(geodesic_distance(after.R_camera_object, truth)) < 0.5

@@ -9,9 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rendered import photograph
 from scipy.spatial.transform import Rotation
 
-from nope_ros import InputError, PoseEstimator
+from nope_ros import InputError
 from nope_ros.averaging import average_rotations
 from nope_ros.cli import main
 from nope_ros.commands.register import Trajectory, read_trajectory
@@ -36,27 +37,21 @@ CENTRE = np.array([0.3, -0.2, 0.5])  # of the object in the fixed frame
 ROUND = [np.array([np.cos(a), np.sin(a), 0.6]) for a in np.arange(10) * 2 * np.pi / 10]
 
 
-@pytest.fixture(scope="module")
-def estimator():
-    return PoseEstimator.from_pretrained(device="cpu")
-
-
 def camera(direction, distance=6.0, roll=0.0):
     """Pose of the fixed frame in a camera that looks at the object."""
     R = exp(np.array([0, 0, roll])) @ look_at(direction)
     return R, np.array([0, 0, distance]) - R @ CENTRE
 
 
-def photograph(pose, shift=(0.0, 0.0)):
+def frame_at(pose, shift=(0.0, 0.0)):
     R, t = pose
     intrinsics = K + np.array([[0, 0, shift[0]], [0, 0, shift[1]], [0, 0, 0.0]])
-    view = render(MESH, R, t + R @ CENTRE, intrinsics, 320, 240, lighting=Lighting.uniform())
-    return Frame.from_arrays(view.rgb, view.mask, intrinsics)
+    return photograph(MESH, R, t + R @ CENTRE, intrinsics)
 
 
 @pytest.fixture(scope="module")
 def frames():
-    return [photograph(camera(direction)) for direction in ROUND]
+    return [frame_at(camera(direction)) for direction in ROUND]
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +104,7 @@ def test_matches_with_the_nearest_keyframe_make_rotations_finer(estimator, regis
     before, after = [], []
     for angle in np.arange(0.2, 6.2, 0.6):
         R, t = camera(np.array([np.cos(angle), np.sin(angle), 0.9]))
-        query = estimator.look(photograph((R, t)), R @ [0, 0, -1.0])
+        query = estimator.look(frame_at((R, t)), R @ [0, 0, -1.0])
         alone = estimator.match(query, registered, "upright")
         found = estimator.refine(query, registered, alone)
         assert found.stage == "offsets" and found.matched is not None
@@ -123,7 +118,7 @@ def test_an_unseen_view_is_found_in_the_frame_of_the_walk(estimator, registered,
     errors = []
     for angle in (0.3, 2.2, 4.1):
         pose = camera(np.array([np.cos(angle), np.sin(angle), 0.75]))
-        seen = photograph(pose)
+        seen = frame_at(pose)
         down = pose[0] @ [0, 0, -1.0]
         (found,) = estimator.estimate_frame(seen, [registered], prior=prior, gravity_camera=down)
         R_true = pose[0] @ registered.keyframes.R_fixed_object
@@ -138,7 +133,7 @@ def test_a_walk_whose_first_frame_came_without_gravity_is_level_all_the_same(est
     poses = [camera(direction, roll=1.5) for direction in ROUND]
     down = [None, *(R @ [0, 0, -1.0] for R, _ in poses[1:])]
     walked = estimator.register_views(
-        [photograph(pose) for pose in poses], poses=poses, gravity_camera=down, object_id="walked"
+        [frame_at(pose) for pose in poses], poses=poses, gravity_camera=down, object_id="walked"
     )
     assert walked.gravity_known
     assert abs(walked.gravity_virtual[0]) < 0.02 and walked.gravity_virtual[1] > 0.5
@@ -146,7 +141,7 @@ def test_a_walk_whose_first_frame_came_without_gravity_is_level_all_the_same(est
     for angle in (0.3, 2.2, 4.1):
         pose = camera(np.array([np.cos(angle), np.sin(angle), 0.75]), roll=1.5)
         level = pose[0] @ [0, 0, -1.0]
-        (found,) = estimator.estimate_frame(photograph(pose), [walked], prior="upright", gravity_camera=level)
+        (found,) = estimator.estimate_frame(frame_at(pose), [walked], prior="upright", gravity_camera=level)
         R_true = pose[0] @ walked.keyframes.R_fixed_object
         errors.append(np.degrees(geodesic_distance(found.R_camera_object, R_true)))
     assert np.median(errors) < 25
@@ -173,7 +168,7 @@ def test_each_bad_frame_is_refused_with_its_reason(frames):
     for index, frame in enumerate(frames):
         walk.add(str(index), frame, pose=camera(ROUND[index]))
     assert not walk.refused
-    assert "border" in walk.add("cut", photograph(camera(ROUND[1]), shift=(150.0, 0.0))).reason
+    assert "border" in walk.add("cut", frame_at(camera(ROUND[1]), shift=(150.0, 0.0))).reason
     split = frames[2].mask.copy()
     x0, _, x1, _ = frames[2].bbox_xyxy
     split[:, (x0 + x1) // 2 - 8 : (x0 + x1) // 2 + 8] = False
@@ -208,7 +203,7 @@ def test_blur_and_wrong_masks_are_told_by_the_frames_next_to_them(estimator, fra
 def test_too_few_frames_say_why(estimator, frames):
     walk = Walk(96)
     for _ in range(5):
-        walk.add("cut", photograph(camera(ROUND[1]), shift=(150.0, 0.0)))
+        walk.add("cut", frame_at(camera(ROUND[1]), shift=(150.0, 0.0)))
     walk.add("good", frames[0])
     with pytest.raises(InputError, match=r"1 of 6 frames can be used.*border"):
         estimator.register_walk(walk)
@@ -217,7 +212,7 @@ def test_too_few_frames_say_why(estimator, frames):
 def test_a_walk_that_did_not_go_round_is_refused(estimator, frames):
     poses = [camera(ROUND[0] + np.radians(0.8 * index) * np.array([0.0, 0.0, 1.0])) for index in range(6)]
     with pytest.raises(InputError, match=r"6 frames look from 1 direction only .*go round"):
-        estimator.register_views([photograph(pose) for pose in poses], poses=poses)
+        estimator.register_views([frame_at(pose) for pose in poses], poses=poses)
     with pytest.raises(InputError, match=r"6 frames look from 1 direction only .*go round"):
         estimator.register_views(frames[:1] * 6)
     for few in (-3, 0, 2):
@@ -329,7 +324,7 @@ def test_a_walk_survives_a_restart(tmp_path, estimator, registered, frames):
 def test_evaluation_keeps_keyframes_and_queries_apart(estimator, tmp_path):
     def view(index, direction):
         R, t = camera(direction)
-        return View(str(index), R, t + R @ CENTRE, None, lambda: photograph((R, t)))
+        return View(str(index), R, t + R @ CENTRE, None, lambda: frame_at((R, t)))
 
     views = tuple(view(index, direction) for index, direction in enumerate(ROUND))
     found = EvaluationSet("photos", "here", 1, lambda: iter([EvaluationObject("one", views, (), ("free",))]))
