@@ -47,7 +47,7 @@ class Seen:
     def radius(self) -> float:
         """Radius of the object's outline, in the pose's unit of length."""
         reference = self.registered.reference
-        return reference.distance * reference.angular_radius
+        return reference.radius
 
 
 @dataclass(frozen=True)
