@@ -142,7 +142,10 @@ class Predictor(Protocol):
         ...
 
     def predict(self, latent: Tensor, rotations: Tensor) -> Tensor:
-        """A reference's latent (D,) and relative rotations ΔR (N, 3, 3) → predicted latents (N, D), float32."""
+        """A reference's latent (D,) and relative rotations ΔR (N, 3, 3) → predicted latents (N, D), float32.
+
+        Latents (N, D) are one for each rotation.
+        """
         ...
 
 
@@ -249,7 +252,7 @@ class NetworkPredictor(ABC):
 
     @abstractmethod
     def _predict_batch(self, latent: Tensor, rotations: Tensor) -> Tensor:
-        """(1, *latent_shape) and (B, 3, 3) → (B, *latent_shape)."""
+        """(1 or B, *latent_shape) and (B, 3, 3) → (B, *latent_shape)."""
 
     @property
     @abstractmethod
@@ -292,14 +295,14 @@ class NetworkPredictor(ABC):
         return torch.cat(parts)
 
     def predict(self, latent: Tensor, rotations: Tensor) -> Tensor:
-        """A reference's latent (D,) and relative rotations ΔR (N, 3, 3) → predicted latents (N, D), float32."""
-        reference = latent.to(self.device, torch.float32).reshape(1, *self.latent_shape)
+        """A reference's latent (D,), or one for each rotation (N, D), and ΔR (N, 3, 3) → predictions (N, D)."""
+        reference = latent.to(self.device, torch.float32).reshape(-1, *self.latent_shape)
         rotations = rotations.to(self.device)
         if len(rotations) == 0:
             return reference.flatten(1)[:0]
-        parts = [
-            self._predict_batch(reference, part).float().flatten(1) for part in torch.split(rotations, self.batch_size)
-        ]
+        turns = torch.split(rotations, self.batch_size)
+        references = [reference] * len(turns) if latent.ndim == 1 else torch.split(reference, self.batch_size)
+        parts = [self._predict_batch(*pair).float().flatten(1) for pair in zip(references, turns, strict=True)]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:

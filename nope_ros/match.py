@@ -158,12 +158,11 @@ class TemplateBank:
         """
         half = torch.float16 if latents.device.type == "cuda" else torch.bfloat16
         templates = torch.empty(len(rotations), latents.shape[1], dtype=half, device=latents.device)
-        for view in np.unique(nearest):
-            of_view = np.flatnonzero(nearest == view)
-            for start in range(0, len(of_view), batch_size):
-                rows = of_view[start : start + batch_size]
-                R = torch.tensor(turns[rows], dtype=torch.float32, device=latents.device)
-                templates[torch.from_numpy(rows).to(latents.device)] = predictor.predict(latents[view], R).to(half)
+        for start in range(0, len(rotations), batch_size):
+            part = slice(start, start + batch_size)
+            R = torch.tensor(turns[part], dtype=torch.float32, device=latents.device)
+            own = latents[0] if len(latents) == 1 else latents[torch.from_numpy(nearest[part]).to(latents.device)]
+            templates[part] = predictor.predict(own, R).to(half)
         # Norms of what is stored, not of what was rounded, so that a template's distance to itself is zero.
         squared_norms = torch.cat([part.float().square().sum(1) for part in templates.split(batch_size)])
         return cls(rotations, templates, squared_norms)

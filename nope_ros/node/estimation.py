@@ -46,8 +46,7 @@ class Seen:
     @property
     def radius(self) -> float:
         """Radius of the object's outline, in the pose's unit of length."""
-        reference = self.registered.reference
-        return reference.radius
+        return self.registered.reference.radius
 
 
 @dataclass(frozen=True)
