@@ -268,7 +268,7 @@ def test_what_was_tracked_keeps_its_rotation_and_is_placed() -> None:
     registered = estimator.register_frame(frames[0], gravity_camera=gravity[0], reference_distance=5.0)
     query = estimator.look(frames[1], gravity[1])
     alone = estimator.match(query, registered)
-    tracked = replace(alone, stage="tracking")
+    tracked = replace(alone, stage="tracking", tracked=True)
     kept, turned = (estimator.refine(query, registered, one) for one in (tracked, alone))
     np.testing.assert_allclose(kept.delta_R, tracked.delta_R, atol=1e-12)
     np.testing.assert_allclose(kept.covariance[3:, 3:], tracked.covariance[3:, 3:], atol=1e-9)

@@ -32,7 +32,7 @@ def frame(stamp: int = 1, mask: Any = None) -> FrameMessages:
 
 def test_the_latest_frame_is_taken_only_while_it_is_new() -> None:
     request = RegisterObject.Request(object_id="mug")
-    new, old = frame(), replace(frame(), found=time.monotonic() - STALE - 1)
+    new, old = frame(), replace(frame(), came=time.monotonic() - STALE - 1)
     assert requested_messages(request, new) is new
     with pytest.raises(InputError, match=r"of 61 s ago.*does the segmentation still run"):
         requested_messages(request, old)
