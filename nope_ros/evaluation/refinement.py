@@ -677,7 +677,7 @@ _REASONS = {
     ),
     "right ones made worse": (
         "Right answers made worse: how far matches are believed was fitted so that at most 5 % of held-out answers "
-        "become worse; on other objects it is up to twice that."
+        "become worse; on other objects it is up to 12 %."
     ),
     "centre": (
         "Centre: the circle around an outline is not centred on the object where it is seen from another side, and "
