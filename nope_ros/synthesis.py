@@ -71,11 +71,14 @@ class Objective(Protocol):
 
 
 def objective(predictor: Predictor, latent_query: Tensor, latent_reference: Tensor) -> Objective:
-    """The log-likelihood of a query's latent (D,) given the reference's (D,)."""
+    """The log-likelihood of a query's latent (D,) given the reference's (D,), up to what depends on the query alone."""
     if isinstance(predictor, RotatedLatentPredictor):
         shape = predictor.latent_shape
         products = correlation(latent_query.reshape(1, *shape).float(), latent_reference.reshape(1, *shape).float())
-        return HarmonicObjective(products[0].double().cpu() / predictor.temperature, predictor.network.config.bandwidth)
+        harmonics = products[0].double().cpu() / predictor.temperature
+        # ‖F(e_r, R)‖² is the same for every R, and degree 0 is a constant; but views of one mesh differ by it.
+        harmonics[0] -= float(latent_reference.double().square().sum()) / (2 * predictor.temperature)
+        return HarmonicObjective(harmonics, predictor.network.config.bandwidth)
     return PredictedObjective(predictor, latent_query, latent_reference)
 
 

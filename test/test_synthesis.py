@@ -14,7 +14,7 @@ from nope_ros import Frame, InputError
 from nope_ros.distribution import Mode, RotationDistribution
 from nope_ros.harmonics import generators, wigner_d
 from nope_ros.latent import PaperUNetPredictor, RotatedLatentPredictor
-from nope_ros.match import predict_bank
+from nope_ros.match import TemplateBank, predict_bank
 from nope_ros.models.rotated_latent import RotatedLatentConfig, RotatedLatentNetwork, turned
 from nope_ros.refine import DEFAULT_REFINEMENT, Refined, moved
 from nope_ros.rotations import exp, geodesic_distance, log, look_at
@@ -76,7 +76,19 @@ def test_the_harmonic_form_is_the_likelihood_of_the_bank(small):
     query, reference = 1e-2 * torch.randn(2, int(np.prod(small.latent_shape)))
     matched = predict_bank(small, reference, rotations).match(query, small.temperature)
     value = objective(small, query, reference)(rotations).value
-    np.testing.assert_allclose(value, matched.log_likelihood, atol=1e-4 * np.ptp(value))
+    norm = float(reference.double().square().sum()) / (2 * small.temperature)  # which the bank has no need of
+    np.testing.assert_allclose(value, matched.log_likelihood - norm, atol=1e-4 * np.ptp(value))
+
+
+def test_views_of_a_mesh_are_compared_by_the_likelihood_of_its_templates(small):
+    """Renders differ in the norms of their latents, which says nothing of which of them was seen."""
+    rotations = random_rotations(4)
+    query = 1e-2 * torch.randn(int(np.prod(small.latent_shape)))
+    latents = torch.stack([scale * 1e-2 * torch.randn(int(np.prod(small.latent_shape))) for scale in (0.5, 1, 2, 3)])
+    bank = TemplateBank.of_views(small, latents, rotations, np.arange(4), rotations)
+    told = bank.match(query, small.temperature).log_likelihood
+    values = [objective(small, query, latent)(R[None]).value[0] for latent, R in zip(latents, rotations, strict=True)]
+    np.testing.assert_allclose(np.diff(values), np.diff(told), rtol=0.02, atol=0.02 * np.ptp(told))
 
 
 def test_near_a_rotation_the_harmonic_form_is_the_likelihood_of_several_views(small):
