@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -13,6 +14,7 @@ from nope_ros.node import reference
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
+OTHERS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "nope_ros" / "weights").glob("*/README.md"))]
 
 
 def navigation() -> set[str]:
@@ -34,7 +36,7 @@ def test_every_message_is_documented() -> None:
         assert path.read_text().strip() in text
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*OTHERS, *PAGES], ids=lambda page: f"{page.parent.name}/{page.name}")
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
         path = page.parent / target
@@ -49,3 +51,18 @@ def test_commands_exist(page: Path) -> None:
 
 def test_navigation_is_the_pages() -> None:
     assert {page.name for page in PAGES} == navigation()
+
+
+def test_the_python_page_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trimesh = pytest.importorskip("trimesh", reason="trimesh is not installed: no mesh to register")
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) >= 6
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").symlink_to(ROOT / "demo")
+    trimesh.creation.box((0.08, 0.2, 0.05)).export("bottle.glb")
+    names: dict[str, Any] = {}
+    exec(compile("\n".join(blocks), "docs/python.md", "exec"), names)
+    assert names["pose"].tracked and names["pose"].confidence > 0.5
+    assert set(names["objects"]) == {"mug"} and names["bottle"].metric
+    assert names["refused"] is None and names["lorry"].keyframes is not None
