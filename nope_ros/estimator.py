@@ -29,7 +29,7 @@ from nope_ros.stopwatch import stage
 from nope_ros.video import KEYFRAMES, Keyframes, Plan, Pose, Scale, Walk, plan_keyframes, radius_by_depth
 
 if TYPE_CHECKING:  # needs numba and trimesh, which whoever has no mesh can do without
-    from nope_ros.training.mesh import Mesh
+    from nope_ros.rendering.mesh import Mesh
 
 Array = NDArray[np.float64]
 

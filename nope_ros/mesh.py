@@ -26,7 +26,7 @@ from nope_ros.pose import Sides, check_lengths
 from nope_ros.rotations import icosphere, look_at, turn_to
 
 if TYPE_CHECKING:  # needs numba and trimesh, which whoever has no mesh can do without
-    from nope_ros.training.mesh import Mesh
+    from nope_ros.rendering.mesh import Mesh
 
 Array = NDArray[np.float64]
 Progress = Callable[[int, int], None]
@@ -85,7 +85,7 @@ def read_mesh(path: str | Path, *, object_diameter: float | None = None) -> Mesh
     if file.stat().st_size > _MOST_BYTES:
         raise InputError(f"mesh_file: {file} is larger than {_MOST_BYTES // 2**20} MB; simplify the mesh")
     try:
-        from nope_ros.training.mesh import load_mesh
+        from nope_ros.rendering.mesh import load_mesh
     except ModuleNotFoundError as error:
         raise InputError(f"mesh_file: needs {error.name}; pip install numba trimesh") from None
     try:
@@ -146,7 +146,7 @@ def render_views(
         encode: crops to latents (B, D).
         progress: called with the number of views done and their total.
     """
-    from nope_ros.training.render import render
+    from nope_ros.rendering.render import render
 
     unit, radius, offset = mesh.normalised()
     focal = FILL / 2 * _RENDER_SIZE * np.sqrt(_DISTANCE**2 - 1)

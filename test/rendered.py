@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from nope_ros.frame import Frame
-from nope_ros.training.mesh import Mesh, make_mesh
-from nope_ros.training.render import Lighting, render
+from nope_ros.rendering.mesh import Mesh, make_mesh
+from nope_ros.rendering.render import Lighting, render
 
 Part = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Vertices (N, 3), faces (M, 3) and colours (N, 3)."""

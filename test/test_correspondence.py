@@ -34,9 +34,9 @@ from nope_ros.models.correspondence import (
 )
 from nope_ros.prior import PRIORS, Prior, constrained
 from nope_ros.refine import Refined
+from nope_ros.rendering.render import Lighting
 from nope_ros.rotations import exp, geodesic_distance, look_at, twist
 from nope_ros.training.procedural import procedural_object
-from nope_ros.training.render import Lighting
 from nope_ros.training.render_cache import random_finish, random_lighting
 from nope_ros.training.trust import SPREADS, choose, fit_support
 

@@ -10,9 +10,9 @@ from rendered import photograph
 from nope_ros.crop import FILL, outline, virtual_camera, virtual_crop
 from nope_ros.frame import Camera, Frame, InputError
 from nope_ros.pose import ReferencePose, outline_sigma, projective_distance
+from nope_ros.rendering.render import Lighting, render
 from nope_ros.rotations import exp, geodesic_distance, look_at
 from nope_ros.training.procedural import procedural_object
-from nope_ros.training.render import Lighting, render
 
 K = np.array([[500.0, 0, 319.5], [0, 500.0, 239.5], [0, 0, 1]])
 MESH = procedural_object(5).normalised()[0]

@@ -22,10 +22,10 @@ from nope_ros.match import TemplateBank, Turns, free_turns, predict_bank
 from nope_ros.models.rotated_latent import RotatedLatentConfig, RotatedLatentNetwork
 from nope_ros.prior import free_rotations
 from nope_ros.refine import Refined, moved
+from nope_ros.rendering.render import Lighting, render
 from nope_ros.rotations import exp, geodesic_distance, look_at
 from nope_ros.store import ObjectStore, StoreError, check_object_id
 from nope_ros.training.procedural import procedural_object
-from nope_ros.training.render import Lighting, render
 
 K = np.array([[400.0, 0, 159.5], [0, 400.0, 119.5], [0, 0, 1]])
 MESH = procedural_object(5).normalised()[0]

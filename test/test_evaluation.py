@@ -45,11 +45,11 @@ from nope_ros.models.paper_unet import PaperUNet, PaperUNetConfig
 from nope_ros.models.rotated_latent import RotatedLatentConfig, RotatedLatentNetwork
 from nope_ros.models.rotation_regression import RotationRegression, RotationRegressionConfig
 from nope_ros.prior import PRIORS, elevation, hypotheses
+from nope_ros.rendering.mesh import UP_AXES, load_mesh, make_mesh
+from nope_ros.rendering.render import Lighting, render
 from nope_ros.rotations import exp, geodesic_distance, look_at, rotation_grid
 from nope_ros.training import calibrate, render_cache
-from nope_ros.training.mesh import UP_AXES, load_mesh, make_mesh
 from nope_ros.training.pairs import DataConfig, RenderCache
-from nope_ros.training.render import Lighting, render
 
 UP = np.array([0.0, 0.0, 1.0])
 K = np.array([[300.0, 0, 79.5], [0, 300.0, 59.5], [0, 0, 1]])

@@ -11,10 +11,10 @@ from rendered import photograph
 from nope_ros.estimator import PoseEstimator, RegisteredObject
 from nope_ros.frame import Frame, InputError
 from nope_ros.mesh import read_mesh, view_rotations
+from nope_ros.rendering.mesh import Mesh
+from nope_ros.rendering.render import Lighting
 from nope_ros.rotations import exp, geodesic_distance, look_at
 from nope_ros.store import ObjectStore
-from nope_ros.training.mesh import Mesh
-from nope_ros.training.render import Lighting
 
 OFFSET = np.array([0.3, -0.1, 0.05])
 K = np.array([[600.0, 0, 319.5], [0, 600.0, 239.5], [0, 0, 1]])

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from rendered import cuboid, joined
 
+from nope_ros.rendering.mesh import load_mesh, make_mesh
+from nope_ros.rendering.render import Lighting, ShadowMaps, all_around, render
 from nope_ros.rotations import look_at
 from nope_ros.training import render_cache
-from nope_ros.training.mesh import load_mesh, make_mesh
 from nope_ros.training.pairs import DataConfig, RenderCache
 from nope_ros.training.procedural import procedural_object
-from nope_ros.training.render import Lighting, ShadowMaps, all_around, render
 from nope_ros.training.round import round_object
 from nope_ros.training.trust import held_out
 from nope_ros.training.variant import variant_of

@@ -232,11 +232,9 @@ def test_reasons_are_told_where_a_goal_is_missed():
 
 def test_results_follow_the_code_that_makes_them(tmp_path, monkeypatch):
     package = tmp_path / "nope_ros"
-    for name in ("pose.py", "models/unet.py", "evaluation/metrics.py", "evaluation/report.py", "training/render.py"):
+    for name in ("pose.py", "models/unet.py", "evaluation/metrics.py", "evaluation/report.py", *module._RENDERS):
         (package / name).parent.mkdir(parents=True, exist_ok=True)
         (package / name).write_text("")
-    for name in module._RENDERS:
-        (package / "training" / name).write_text("")
     monkeypatch.setattr(module, "__file__", str(package / "evaluation" / "report.py"))
 
     def changes(name):
@@ -245,7 +243,7 @@ def test_results_follow_the_code_that_makes_them(tmp_path, monkeypatch):
         return tuple(a != b for a, b in zip(before, (module._code("photos"), module._code("meshes")), strict=True))
 
     assert changes("evaluation/metrics.py") == changes("pose.py") == changes("models/unet.py") == (True, True)
-    assert changes("training/render.py") == (False, True)
+    assert changes("rendering/render.py") == (False, True)
     assert changes("evaluation/report.py") == (False, False)
 
 

@@ -17,10 +17,10 @@ from nope_ros.latent import PaperUNetPredictor, RotatedLatentPredictor
 from nope_ros.match import TemplateBank, predict_bank
 from nope_ros.models.rotated_latent import RotatedLatentConfig, RotatedLatentNetwork, turned
 from nope_ros.refine import DEFAULT_REFINEMENT, Refined, moved
+from nope_ros.rendering.render import Lighting
 from nope_ros.rotations import exp, geodesic_distance, log, look_at
 from nope_ros.synthesis import Freedom, HarmonicObjective, PredictedObjective, climb, objective, vote
 from nope_ros.training.procedural import procedural_object
-from nope_ros.training.render import Lighting
 
 K = np.array([[400.0, 0, 159.5], [0, 400.0, 119.5], [0, 0, 1]])
 FREE = Freedom("free")

@@ -24,11 +24,11 @@ from nope_ros.harmonics import rotate, wigner_d
 from nope_ros.match import TemplateBank, Turns, ViewsBank, predict_bank, view_weights
 from nope_ros.pose import distance_from_depth
 from nope_ros.prior import free_rotations
+from nope_ros.rendering.mesh import make_mesh
+from nope_ros.rendering.render import Lighting, render
 from nope_ros.rotations import exp, geodesic_distance, icosphere, look_at
 from nope_ros.store import ObjectStore
-from nope_ros.training.mesh import make_mesh
 from nope_ros.training.procedural import procedural_object
-from nope_ros.training.render import Lighting, render
 from nope_ros.video import Walk, farthest, left_out, meeting_point
 
 K = np.array([[400.0, 0, 159.5], [0, 400.0, 119.5], [0, 0, 1]])

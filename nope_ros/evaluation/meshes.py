@@ -21,10 +21,10 @@ from nope_ros.evaluation.symmetry import SymmetryCache
 from nope_ros.frame import Frame, InputError
 from nope_ros.mesh import MESH_SUFFIXES, mesh_files
 from nope_ros.prior import PRIORS, Prior
+from nope_ros.rendering.mesh import Mesh, load_mesh
+from nope_ros.rendering.render import render
 from nope_ros.rotations import exp, look_at, turn_to
-from nope_ros.training.mesh import Mesh, load_mesh
 from nope_ros.training.procedural import procedural_object
-from nope_ros.training.render import render
 from nope_ros.training.render_cache import Finish, random_finish, random_lighting
 
 Array = NDArray[np.float64]
@@ -71,7 +71,7 @@ def mesh_set(
         pairs: most pairs of an object.
         cache: file of symmetries found before.
         depth: whether frames hold the depth that a depth camera would have measured.
-        up: axis that points up in all the files, of ``training.mesh.UP_AXES``; by default as their folders say.
+        up: axis that points up in all the files, of ``rendering.mesh.UP_AXES``; by default as their folders say.
 
     Raises:
         InputError: if there are no meshes, or one named is missing.

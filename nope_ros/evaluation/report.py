@@ -690,7 +690,7 @@ def _identity(weights: Path) -> str:
 # Modules of the evaluation that no result comes from.
 _NO_RESULT = ("report.py", "pictures.py", "benchmark.py", "refinement.py", "stages.py")
 # Of the training: what draws the renders of a test set.
-_RENDERS = ("mesh.py", "procedural.py", "render.py", "render_cache.py")
+_RENDERS = ("rendering/mesh.py", "rendering/render.py", "training/procedural.py", "training/render_cache.py")
 
 
 def _code(kind: str) -> str:
@@ -699,7 +699,7 @@ def _code(kind: str) -> str:
     paths = [*package.glob("*.py"), *package.glob("models/*.py")]
     paths += [path for path in package.glob("evaluation/*.py") if path.name not in _NO_RESULT]
     if kind != "photos":
-        paths += [package / "training" / name for name in _RENDERS]
+        paths += [package / name for name in _RENDERS]
     digest = hashlib.sha256()
     for path in sorted(paths):
         digest.update(path.read_bytes())

@@ -39,8 +39,8 @@ from nope_ros.mesh import mesh_files
 from nope_ros.pose import PoseEstimate
 from nope_ros.prior import PRIORS, Prior
 from nope_ros.refine import moved
+from nope_ros.rendering.mesh import load_mesh
 from nope_ros.settle import Settling
-from nope_ros.training.mesh import load_mesh
 from nope_ros.video import Walk, farthest
 
 Array = NDArray[np.float64]

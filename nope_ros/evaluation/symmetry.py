@@ -22,7 +22,7 @@ from nope_ros.frame import InputError
 from nope_ros.rotations import exp, geodesic_distance, icosphere, log, look_at
 
 if TYPE_CHECKING:  # renders need numba, which only those who train or evaluate meshes have
-    from nope_ros.training.mesh import Mesh
+    from nope_ros.rendering.mesh import Mesh
 
 Array = NDArray[np.float64]
 
@@ -116,7 +116,7 @@ class Comparer:
     """Tells by renders whether a turn about the centroid leaves a mesh looking the same."""
 
     def __init__(self, mesh: Mesh, centre: Array) -> None:
-        from nope_ros.training.render import Lighting
+        from nope_ros.rendering.render import Lighting
 
         self.mesh = mesh
         self.centre = centre
@@ -129,7 +129,7 @@ class Comparer:
         self.seen = [self._render(R) for R in self.views]
 
     def _render(self, R: Array) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        from nope_ros.training.render import render
+        from nope_ros.rendering.render import render
 
         distance = 4.0 * self.radius
         focal = 0.5 * _SIZE * np.sqrt(distance**2 - self.radius**2) / self.radius

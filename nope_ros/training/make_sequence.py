@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from nope_ros.draw import font
+from nope_ros.rendering.mesh import Mesh, make_mesh
+from nope_ros.rendering.render import Lighting, render
 from nope_ros.rotations import exp, look_at
-from nope_ros.training.mesh import Mesh, make_mesh
-from nope_ros.training.render import Lighting, render
 
 Array = NDArray[np.float64]
 Picture = NDArray[np.uint8]

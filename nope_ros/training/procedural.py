@@ -20,7 +20,7 @@ from numba import njit
 from numpy.random import Generator
 from numpy.typing import NDArray
 
-from nope_ros.training.mesh import Mesh, make_mesh
+from nope_ros.rendering.mesh import Mesh, make_mesh
 
 Floats = NDArray[np.floating]
 Colour = NDArray[np.float64]  # (3,) sRGB 0..255

@@ -37,10 +37,10 @@ from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
 from nope_ros.mesh import mesh_files
+from nope_ros.rendering.mesh import Mesh, load_mesh
+from nope_ros.rendering.render import Lighting, ShadowMaps, all_around, render
 from nope_ros.rotations import look_at
-from nope_ros.training.mesh import Mesh, load_mesh
 from nope_ros.training.procedural import procedural_object
-from nope_ros.training.render import Lighting, ShadowMaps, all_around, render
 from nope_ros.training.round import round_object
 from nope_ros.training.variant import variant_of
 

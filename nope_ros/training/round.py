@@ -14,7 +14,7 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
-from nope_ros.training.mesh import Mesh, make_mesh
+from nope_ros.rendering.mesh import Mesh, make_mesh
 from nope_ros.training.procedural import _joined, _sheet
 
 Floats = NDArray[np.float64]

@@ -12,7 +12,7 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
-from nope_ros.training.mesh import Mesh, make_mesh
+from nope_ros.rendering.mesh import Mesh, make_mesh
 from nope_ros.training.procedural import palette, picture
 
 Floats = NDArray[np.float64]

@@ -16,7 +16,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from nope_ros.training.mesh import Mesh
+from nope_ros.rendering.mesh import Mesh
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
