@@ -246,8 +246,8 @@ class Settings:
     )
     storage_directory: str = _parameter(
         "~/.local/share/nope_ros",
-        "Folder of the registered objects; they are loaded when the node is activated. A node on the same folder does not "
-        "see what others register meanwhile, nor replace or remove it unasked.",
+        "Folder of the registered objects; they are loaded when the node is activated. Another node on the same folder "
+        "does not see what is registered meanwhile, nor replace or remove it unasked.",
         name="storage.directory",
         change="while inactive",
         check=_folder,
