@@ -117,46 +117,8 @@ class ObjectStore:
                 "is; this one is registered, but will be gone after a restart: set overwrite, choose another name, or "
                 "give each node a folder of its own (storage.directory)"
             )
-        reference = registered.reference
-        tensors = {
-            "latent": registered.latent.detach().float().cpu().contiguous(),
-            "R_virtual_camera": torch.from_numpy(registered.R_virtual_camera.copy()),
-            "R_camera_object": torch.from_numpy(reference.R_camera_object.copy()),
-            "t_camera_object": torch.from_numpy(reference.t_camera_object.copy()),
-            "offset_object": torch.from_numpy(reference.offset_object.copy()),
-            "thumbnail": torch.from_numpy(registered.thumbnail.copy()),
-            "mask": torch.from_numpy(registered.mask.copy()),
-        }
-        if registered.rendered is not None:
-            tensors |= _rendered_tensors(registered.rendered)
-        if registered.depth is not None:
-            tensors["depth"] = torch.from_numpy(registered.depth.copy())
-        if registered.gravity_virtual is not None:
-            tensors["gravity_virtual"] = torch.from_numpy(registered.gravity_virtual.copy())
-        keyframes = registered.keyframes
-        if keyframes is not None:
-            tensors["keyframes.latents"] = keyframes.latents.detach().float().cpu().contiguous()
-            for key in (*_KEYFRAME_ARRAYS, *_OPTIONAL_KEYFRAME_ARRAYS):
-                array = getattr(keyframes, key)
-                if array is not None:
-                    tensors[f"keyframes.{key}"] = torch.from_numpy(array.copy())
-        metadata = {
-            "format": _FORMAT_VERSION,
-            "object_id": registered.object_id,
-            "predictor": registered.predictor.identity,
-            "scale": json.dumps([reference.distance, reference.angular_radius, reference.metric]),
-        }
-        if keyframes is not None:
-            about = {
-                "names": keyframes.names,
-                "spread": keyframes.spread,
-                "normalised": keyframes.normalised,
-                "provenance": asdict(keyframes.provenance),
-            }
-            metadata["keyframes"] = json.dumps(about)
-        metadata["checksum"] = _checksum(tensors, metadata)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        content = save(tensors, metadata)
+        content = _content(registered)
         afterwards = "an older object of that name will be back" if path.exists() else "it will be gone"
         if len(content) > _LARGEST_FILE:
             raise StoreError(
@@ -277,6 +239,50 @@ class ObjectStore:
             )
         except (KeyError, ValueError, TypeError) as error:
             raise StoreError(f"storage: {path} is incomplete ({error}); register the object again") from None
+
+
+def _content(registered: RegisteredObject) -> bytes:
+    """An object as a file holds it."""
+    reference = registered.reference
+    tensors = {
+        "latent": registered.latent.detach().float().cpu().contiguous(),
+        "R_virtual_camera": torch.from_numpy(registered.R_virtual_camera.copy()),
+        "R_camera_object": torch.from_numpy(reference.R_camera_object.copy()),
+        "t_camera_object": torch.from_numpy(reference.t_camera_object.copy()),
+        "offset_object": torch.from_numpy(reference.offset_object.copy()),
+        "thumbnail": torch.from_numpy(registered.thumbnail.copy()),
+        "mask": torch.from_numpy(registered.mask.copy()),
+    }
+    if registered.rendered is not None:
+        tensors |= _rendered_tensors(registered.rendered)
+    if registered.depth is not None:
+        tensors["depth"] = torch.from_numpy(registered.depth.copy())
+    if registered.gravity_virtual is not None:
+        tensors["gravity_virtual"] = torch.from_numpy(registered.gravity_virtual.copy())
+    keyframes = registered.keyframes
+    if keyframes is not None:
+        tensors["keyframes.latents"] = keyframes.latents.detach().float().cpu().contiguous()
+        for key in (*_KEYFRAME_ARRAYS, *_OPTIONAL_KEYFRAME_ARRAYS):
+            array = getattr(keyframes, key)
+            if array is not None:
+                tensors[f"keyframes.{key}"] = torch.from_numpy(array.copy())
+    metadata = {
+        "format": _FORMAT_VERSION,
+        "object_id": registered.object_id,
+        "predictor": registered.predictor.identity,
+        "scale": json.dumps([reference.distance, reference.angular_radius, reference.metric]),
+    }
+    if keyframes is not None:
+        about = {
+            "names": keyframes.names,
+            "spread": keyframes.spread,
+            "normalised": keyframes.normalised,
+            "provenance": asdict(keyframes.provenance),
+        }
+        metadata["keyframes"] = json.dumps(about)
+    metadata["checksum"] = _checksum(tensors, metadata)
+    written: bytes = save(tensors, metadata)
+    return written
 
 
 _Signature = tuple[int, int, int]
