@@ -142,8 +142,12 @@ class RegisteredObject:
         sides = self.sides
         if sides is None:
             return self.reference
-        R_virtual_object = query.crop.R_virtual_camera @ delta_R @ self.reference.R_camera_object
-        return sides.reference_at(int(sides.nearest(R_virtual_object[None])[0]), self.reference)
+        return sides.reference_at(int(sides.nearest(self._seen_as(delta_R, query)[None])[0]), self.reference)
+
+    def _seen_as(self, delta_R: Array, query: Query) -> Array:
+        """R_virtual_object (3, 3) of a query that sees the object turned by ``delta_R`` (3, 3), camera axes."""
+        R_virtual_object: Array = query.crop.R_virtual_camera @ delta_R @ self.reference.R_camera_object
+        return R_virtual_object
 
     @property
     def sides(self) -> Sides | None:
@@ -157,15 +161,8 @@ class RegisteredObject:
 
         Arguments as of ``reference_at``.
         """
-        if self.sides is None:
-            return self._angle_from_first(delta_R, query)
-        direction = (query.crop.R_virtual_camera @ delta_R @ self.reference.R_camera_object)[2]
-        return float(np.arccos(np.clip((self.sides.R[:, 2] @ direction).max(), -1, 1)))
-
-    def _angle_from_first(self, delta_R: Array, query: Query) -> float:
-        """The same from the reference's direction of view alone."""
-        direction = (query.crop.R_virtual_camera @ delta_R @ self.reference.R_camera_object)[2]
-        return float(np.arccos(np.clip(self.R_virtual_object[2] @ direction, -1, 1)))
+        known = self.R_virtual_object[None] if self.sides is None else self.sides.R
+        return _least_angle(known, self._seen_as(delta_R, query))
 
     @property
     def template_count(self) -> int:
@@ -252,7 +249,9 @@ class RegisteredObject:
         """
         if seen is None:
             seen = distribution.mode.R
-        sized = self.keyframes is None or self.keyframes.sized
+        turned = self.angle_from_known(seen, query)
+        if self.keyframes is not None and not self.keyframes.sized:  # how large it is from other sides is a guess
+            turned = _least_angle(self.R_virtual_object[None], self._seen_as(seen, query))
         return pose_estimate(
             self.object_id,
             self.reference_at(seen, query),
@@ -261,8 +260,13 @@ class RegisteredObject:
             similarity,
             prior,
             query.frame,
-            turned=self.angle_from_known(seen, query) if sized else self._angle_from_first(seen, query),
+            turned=turned,
         )
+
+
+def _least_angle(known: Array, R_virtual_object: Array) -> float:
+    """The angle between a view's direction (3, 3) and the nearest of several (K, 3, 3), radians."""
+    return float(np.arccos(np.clip((known[:, 2] @ R_virtual_object[2]).max(), -1, 1)))
 
 
 class PoseEstimator:

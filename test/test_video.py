@@ -455,3 +455,13 @@ def test_depth_tells_how_large_each_side_is_without_camera_poses(estimator):
         own = distance_from_depth(frames[first], virtual_crop(frames[first], 96, gravity[first]))
         assert registered.reference.distance == pytest.approx(own, rel=0.02)
         np.testing.assert_allclose(registered.sides.distance, 7.0, rtol=0.2)
+
+
+def test_how_large_other_sides_are_is_a_guess_without_positions_and_depth(estimator, registered):
+    R, t = camera(np.array([-1.0, 0.02, 0.6]))  # next to a keyframe, and behind what the first view sees
+    query = estimator.look(frame_at((R, t)), R @ [0, 0, -1.0])
+    keyframes = registered.keyframes
+    provenance = replace(keyframes.provenance, poses="estimated", scale="reference_distance")
+    guessed = replace(registered, keyframes=replace(keyframes, provenance=provenance))
+    sure, unsure = (estimator.match(query, one, "standing").centre_covariance for one in (registered, guessed))
+    assert np.trace(unsure) > 4 * np.trace(sure)
