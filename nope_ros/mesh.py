@@ -23,6 +23,7 @@ from nope_ros.frame import Frame, InputError
 from nope_ros.latent import Predictor, RotatedLatentPredictor
 from nope_ros.match import TemplateBank
 from nope_ros.pose import Sides, check_lengths
+from nope_ros.rendering.files import MESH_SUFFIXES
 from nope_ros.rotations import icosphere, look_at, turn_to
 
 if TYPE_CHECKING:  # needs numba and trimesh, which whoever has no mesh can do without
@@ -31,8 +32,6 @@ if TYPE_CHECKING:  # needs numba and trimesh, which whoever has no mesh can do w
 Array = NDArray[np.float64]
 Progress = Callable[[int, int], None]
 
-MESH_SUFFIXES = (".glb", ".gltf", ".obj", ".off", ".ply", ".stl")
-"""Kinds of files that hold meshes."""
 _MOST_BYTES = 256 * 2**20
 _MOST_FACES = 1_000_000
 _SMALLEST, _LARGEST = 0.001, 20.0  # diameter, metres
@@ -108,15 +107,6 @@ def read_mesh(path: str | Path, *, object_diameter: float | None = None) -> Mesh
             "millimetres) or give object_diameter"
         )
     return mesh
-
-
-def mesh_files(folder: Path) -> dict[str, Path]:
-    """All meshes under a folder, in order, by their names: the path within it, without suffix."""
-    return {
-        path.relative_to(folder).with_suffix("").as_posix(): path
-        for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in MESH_SUFFIXES
-    }
 
 
 def view_rotations(up: Array | None = None) -> Array:

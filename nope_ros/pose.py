@@ -113,13 +113,7 @@ class PoseEstimate:
     @cached_property
     def orientations(self) -> Array:
         """R_camera_object (N, 3, 3) for each rotation of the distribution."""
-        return self.distribution.rotations @ self._R_reference
-
-    @property
-    def _R_reference(self) -> Array:
-        """R_camera_object (3, 3) of the reference that rotations are relative to."""
-        R: Array = self.delta_R.T @ self.R_camera_object
-        return R
+        return self.distribution.rotations @ self.reference.R_camera_object
 
     @cached_property
     def confidence(self) -> float:
@@ -129,7 +123,7 @@ class PoseEstimate:
     @property
     def mode_rotations(self) -> Array:
         """delta_R (M, 3, 3) of the modes."""
-        return np.array([mode.R_camera_object for mode in self.modes]) @ self._R_reference.T
+        return np.array([mode.R_camera_object for mode in self.modes]) @ self.reference.R_camera_object.T
 
     @property
     def delta_modes(self) -> tuple[Mode, ...]:

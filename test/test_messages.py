@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from dataclasses import replace
 from io import BytesIO
 from types import SimpleNamespace
 from typing import Any
@@ -392,9 +393,11 @@ def test_bright_spot_of_a_sure_pose_faces_the_camera() -> None:
     distribution = RotationDistribution.from_log_likelihood(rotations, log_likelihood)
     t = np.array([0.3, 0.1, 0.8])
     R = rotations[1234]
+    estimate = estimate_of()
     estimate = PoseEstimate(
-        **{**vars(estimate_of()), "distribution": distribution, "delta_R": R, "R_camera_object": R}
+        **{**vars(estimate), "distribution": distribution, "delta_R": R, "R_camera_object": R}
         | {"t_camera_object": t, "modes": (PoseMode(R, t, 1.0),)}
+        | {"reference": replace(estimate.reference, R_camera_object=np.eye(3))}
     )
     directions = icosphere(3)
     masses = messages.viewpoint_masses(estimate, directions)

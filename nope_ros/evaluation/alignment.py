@@ -29,7 +29,7 @@ from nope_ros.evaluation.protocol import EvaluationObject, generator
 from nope_ros.evaluation.symmetry import Symmetry
 from nope_ros.features import FeatureExtractor
 from nope_ros.frame import InputError
-from nope_ros.mesh import mesh_files
+from nope_ros.rendering.files import mesh_files
 from nope_ros.rotations import exp
 from nope_ros.video import Walk
 

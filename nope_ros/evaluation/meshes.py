@@ -19,8 +19,8 @@ from nope_ros.evaluation.depth_camera import measured_depth
 from nope_ros.evaluation.protocol import EvaluationObject, EvaluationSet, View, draw_pairs, generator
 from nope_ros.evaluation.symmetry import SymmetryCache
 from nope_ros.frame import Frame, InputError
-from nope_ros.mesh import MESH_SUFFIXES, mesh_files
 from nope_ros.prior import PRIORS, Prior
+from nope_ros.rendering.files import MESH_SUFFIXES, mesh_files
 from nope_ros.rendering.mesh import Mesh, load_mesh
 from nope_ros.rendering.render import render
 from nope_ros.rotations import exp, look_at, turn_to

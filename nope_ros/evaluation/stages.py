@@ -35,10 +35,10 @@ from nope_ros.evaluation.metrics import PoseError
 from nope_ros.evaluation.photos import photo_set
 from nope_ros.evaluation.protocol import EvaluationObject, EvaluationSet, View
 from nope_ros.frame import Frame, InputError
-from nope_ros.mesh import mesh_files
 from nope_ros.pose import PoseEstimate
 from nope_ros.prior import PRIORS, Prior
 from nope_ros.refine import moved
+from nope_ros.rendering.files import mesh_files
 from nope_ros.rendering.mesh import load_mesh
 from nope_ros.settle import Settling
 from nope_ros.video import Walk, farthest
@@ -297,10 +297,13 @@ def judge_set(
         progress: show a bar.
     """
     console = Console(stderr=True, quiet=not progress)
+    files = mesh_files(Path(found.source)) if found.kind == "meshes" else {}
     for evaluated in track(found.objects(), found.kind, total=found.count, console=console):
         model, whole = _Model(None), None
         if found.kind == "meshes":
-            mesh = load_mesh(_file(Path(found.source), evaluated.name)).normalised()[0]
+            if evaluated.name not in files:
+                raise InputError(f"meshes: {found.source} has no {evaluated.name}")
+            mesh = load_mesh(files[evaluated.name]).normalised()[0]
             if depth:
                 mesh = replace(mesh, vertices=mesh.vertices * np.float32(RADIUS_WITH_DEPTH))
             step = max(1, len(mesh.vertices) // 500)
@@ -359,13 +362,6 @@ def walked(
         walk.add(view.name, view.read(), gravity_camera=down, pose=(view.R_camera_object, view.t_camera_object))
     rest = [index for index in range(len(views)) if index not in set(chosen)]
     return estimator.register_walk(walk, keyframes=keyframes), rest
-
-
-def _file(folder: Path, name: str) -> Path:
-    files = mesh_files(folder)
-    if name not in files:
-        raise InputError(f"meshes: {folder} has no {name}")
-    return files[name]
 
 
 def table(pairs: Sequence[Pair], title: str) -> Table:

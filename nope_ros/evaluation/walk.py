@@ -372,9 +372,8 @@ class _Walked:
     ) -> PairScore:
         R_estimated = estimate.R_camera_object @ R_truth_object.T
         R_true = query.R_camera_object
-        # The estimate's own rotation at its reference tells which delta_R would have been right.
-        R_reference = estimate.delta_R.T @ estimate.R_camera_object
-        right = R_true @ R_truth_object @ R_reference.T
+        # The object's own rotation at its reference tells which delta_R would have been right.
+        right = R_true @ R_truth_object @ estimate.reference.R_camera_object.T
         nearest = max(
             (self.evaluated.views[index] for index in self.chosen) if reference is None else [reference],
             key=lambda view: float(view.direction @ query.direction),

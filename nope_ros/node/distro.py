@@ -8,6 +8,7 @@ stand-in: the files in ``launch/`` are for where it is. Nothing here needs a run
 from __future__ import annotations
 
 import threading
+from array import array
 from bisect import bisect_left
 from collections import defaultdict, deque
 from importlib.util import find_spec
@@ -106,11 +107,11 @@ def image_to_rgb(message: Image, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]
         (H, W, 3) uint8.
     """
     if cv_bridge is not None and message.encoding in _CV_BRIDGE_CONVERTS:
-        # It misreads rows whose padding is no multiple of a pixel.
-        step = pixels[0].nbytes
-        packed = Image(height=message.height, width=message.width, encoding=message.encoding, step=step)
-        packed.data = pixels.tobytes()
-        converted: NDArray[np.uint8] = cv_bridge.CvBridge().imgmsg_to_cv2(packed, "rgb8")
+        if message.step != pixels[0].nbytes:  # it misreads rows whose padding is no multiple of a pixel
+            message = Image(height=message.height, width=message.width, encoding=message.encoding)
+            message.step = pixels[0].nbytes
+            message.data = array("B", pixels.tobytes())  # of bytes, rclpy would check each
+        converted: NDArray[np.uint8] = cv_bridge.CvBridge().imgmsg_to_cv2(message, "rgb8")
         return converted
     code = COLOUR_ENCODINGS[message.encoding][1]
     rgb: NDArray[np.uint8] = pixels if code is None else cv2.cvtColor(np.ascontiguousarray(pixels), code)

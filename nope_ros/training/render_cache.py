@@ -36,7 +36,7 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
-from nope_ros.mesh import mesh_files
+from nope_ros.rendering.files import mesh_files
 from nope_ros.rendering.mesh import Mesh, load_mesh
 from nope_ros.rendering.render import Lighting, ShadowMaps, all_around, render
 from nope_ros.rotations import look_at

@@ -35,8 +35,8 @@ from nope_ros.evaluation.meshes import mesh_set, procedural_set
 from nope_ros.evaluation.stages import HARM_DEG, OFFSETS, TEMPLATE, Pair, judge_set, spread_row
 from nope_ros.frame import InputError
 from nope_ros.latent import write_weights
-from nope_ros.mesh import mesh_files
 from nope_ros.prior import PRIORS, Prior
+from nope_ros.rendering.files import mesh_files
 from nope_ros.training.pairs import is_held_out
 
 # Of procedural objects; evaluation begins at 0, tests are below 10.
