@@ -111,7 +111,7 @@ def _train(words: Words) -> int:
     from accelerate import PartialState
 
     from nope_ros.frame import InputError
-    from nope_ros.training import correspond, train
+    from nope_ros.training.train import train
 
     overrides: dict[str, object] = {}
     for item in given.overrides:
@@ -124,9 +124,7 @@ def _train(words: Words) -> int:
             parser.error(f"{item}: not NAME=VALUE")
     out = given.out or Path("out", "train", given.config.stem)
     try:
-        kind = train.read_values(given.config, overrides).get("kind")
-        learn = correspond.train if kind == "correspondence" else train.train
-        learn(given.config, out, overrides)
+        train(given.config, out, overrides)
     except InputError as error:
         print(f"nope-ros train: {error}", file=sys.stderr)
         return 2

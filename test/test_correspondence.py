@@ -278,8 +278,9 @@ def test_what_was_tracked_keeps_its_rotation_and_is_placed() -> None:
 
 def test_what_is_learned_from_agrees_with_itself(tmp_path: Path) -> None:
     """A cache rendered with depth: true poses bring true points to where the other view has that depth."""
-    from nope_ros.training.correspond import CorrespondenceTraining, GroupDataset, Templates, choose_pairs
+    from nope_ros.training.correspond import GroupDataset, Templates, choose_pairs
     from nope_ros.training.render_cache import main as render_cache
+    from nope_ros.training.settings import CorrespondenceTraining
 
     render_cache(["--procedural", "3", "--views", "16", "--depth", "--workers", "1", "--out", str(tmp_path)])
     config = CorrespondenceTraining.model_validate(
@@ -295,7 +296,9 @@ def test_what_is_learned_from_agrees_with_itself(tmp_path: Path) -> None:
             },
         }
     )
-    batch = GroupDataset(config.data, None, 96, 0).batch(np.random.default_rng(0))
+    dataset = GroupDataset(config, 96, 0)
+    dataset.augmentation = None
+    batch = dataset.batch(np.random.default_rng(0))
     network = CorrespondenceNetwork(CorrespondenceConfig())
     mask = torch.nn.functional.avg_pool2d((batch.crops.flatten(0, 1)[:, 3:] > 127).float(), 4)
     templates = Templates()

@@ -26,11 +26,12 @@ from nope_ros.models.rotation_regression import RotationRegression, RotationRegr
 from nope_ros.training import average as averaging
 from nope_ros.training import train as module
 from nope_ros.training.augment import AugmentationConfig
-from nope_ros.training.correspond import CorrespondenceTraining
+from nope_ros.training.correspond import CorrespondenceLearner
 from nope_ros.training.learners import relative
 from nope_ros.training.pairs import PairDataset
 from nope_ros.training.render_cache import Settings, build_cache
-from nope_ros.training.train import TrainingConfig, of_sizes, read_training, read_values, train
+from nope_ros.training.settings import CorrespondenceTraining, TrainingConfig, of_sizes, read_training, read_values
+from nope_ros.training.train import train
 
 CONFIGS = sorted((Path(__file__).parent.parent / "config" / "train").glob("*.yaml"))
 
@@ -338,6 +339,20 @@ def test_the_refiner_learns_and_goes_on_where_it_stopped(cache, tmp_path, capsys
     assert json.loads((folder / "config.json").read_text())["training"]["steps"] > steps
 
 
+def test_the_refiners_trunk_learns_slowly_and_its_first_part_not_at_all(cache):
+    config = CorrespondenceTraining.model_validate(refiner(cache))
+    learner = CorrespondenceLearner(config)
+    pace = {id(p): group["pace"] for group in learner.parameter_groups(0.02) for p in group["params"]}
+    trunk = learner.network.trunk
+    first = [*trunk.stem.parameters(), *trunk.encode1.parameters(), *trunk.encode2.parameters()]
+    assert not any(id(p) in pace for p in first)
+    assert {pace[id(p)] for p in [*trunk.encode3.parameters(), *trunk.up1.parameters()]} == {0.3}
+    assert len(pace) == sum(p.requires_grad for p in learner.parameters())
+    assert {group["weight_decay"] for group in learner.parameter_groups(0.02) if group["pace"] < 1} == {0.0}
+    learner.train()
+    assert learner.network.training and not trunk.training
+
+
 # Each process has a clock of its own; the second one's runs three times as fast.
 TWO = """
 import os, sys, time
@@ -356,11 +371,12 @@ for kind in sys.argv[2:]:
 
 @pytest.mark.timeout(300)  # two interpreters start, perhaps on a busy machine
 def test_two_processes_have_one_clock(cache, tmp_path):
-    kinds = ("rotated_latent", "paper_unet")
+    kinds = ("rotated_latent", "paper_unet", "correspondence")
     for kind in kinds:
         (tmp_path / kind).mkdir()
         # Judged at every step: what others would take for time, the first does not count.
-        values = content(kind, cache, None, budget_minutes=0.02, validate_minutes=0)
+        often = {"budget_minutes": 0.02, "validate_minutes": 0}
+        values = refiner(cache, **often) if kind == "correspondence" else content(kind, cache, None, **often)
         (tmp_path / kind / "config.yaml").write_text(yaml.safe_dump(values))
     script = tmp_path / "two.py"
     script.write_text(TWO)

@@ -8,34 +8,27 @@ time, the query has been rolled to align with the hypothesis, not with the truth
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from numpy.random import Generator
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import DataLoader
+from torch import Tensor
 
-from nope_ros.correspondence import CorrespondenceWeights
+from nope_ros.correspondence import CorrespondenceRefiner, CorrespondenceWeights
 from nope_ros.crop import FILL, depth_through
 from nope_ros.frame import InputError
 from nope_ros.harmonics import wigner_d
 from nope_ros.latent import (
-    WEIGHTS_FILE,
     RotatedLatentPredictor,
     WeightsError,
     crops_to_tensor,
     find_weights,
     load_predictor,
-    load_state,
     read_state,
     write_weights,
 )
@@ -49,66 +42,15 @@ from nope_ros.models.correspondence import (
 from nope_ros.models.rotated_latent import correlation, flatten_d
 from nope_ros.prior import free_rotations
 from nope_ros.rotations import exp, twist
-from nope_ros.training.augment import AugmentationConfig, training_view
-from nope_ros.training.learners import Curves
-from nope_ros.training.muon import Muon
-from nope_ros.training.pairs import DataConfig, PairDataset, Share
-from nope_ros.training.train import (
-    CHECKPOINT,
-    CHECKPOINT_SECONDS,
-    WEIGHTS,
-    _load,
-    _log,
-    _save,
-    moving_average,
-    of_sizes,
-    plot,
-    read_training,
-)
+from nope_ros.training.augment import training_view
+from nope_ros.training.learners import Curves, Learner, groups_of, take_over
+from nope_ros.training.pairs import PairDataset
+from nope_ros.training.settings import CorrespondenceTraining, RunConfig, of_sizes
 
 Array = NDArray[np.float64]
 
 # A hypothesis farther from the truth is wrong; a view rolled by more is not aligned; radians.
 _FAR, _ASKEW = np.radians(30), np.radians(30)
-
-CURVES = Curves(
-    "loss",
-    {"start": "hypothesis", "known1": "depth known", "error1": "depth predicted"},
-    "held out: median rotation error, °",
-)
-
-
-class CorrespondenceTraining(BaseModel):
-    """Everything a run depends on, besides the renders."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    kind: Literal["correspondence"]
-    data: DataConfig
-    augmentation: AugmentationConfig = AugmentationConfig()
-    network: dict[str, int | list[int]] = {}
-    start: str = ""  # folder of weights to go on from
-    trunk: str = ""  # else: weights of a rotated latent whose U-Net the trunk starts from; empty: the packaged ones
-    train_from: str = "encode3"  # what comes before this in the trunk stays as it was
-    pairs_per_batch: int = Field(default=108, gt=0)
-    steps: int = Field(default=2, gt=0)
-    most_apart_deg: float = 75.0  # of pairs that teach places; all teach right from wrong
-    hypothesis_deg: tuple[float, float] = (1.0, 11.0)  # standard deviation about each axis
-    wrong_share: Share = 0.4
-    known_depth_share: Share = 0.5  # of the pairs have the reference's true depth, as renders of a mesh have
-    close_share: Share = 0.5  # of the groups are drawn within close_deg
-    close_deg: float = 30.0
-    anywhere_share: Share = 0.15  # of the groups are drawn from all sides
-    seed: int = Field(default=0, ge=0)
-    budget_minutes: float = Field(default=40, gt=0)
-    learning_rate: float = Field(default=2.0e-3, gt=0)
-    warmup_steps: int = Field(default=40, gt=0)
-    weight_decay: float = Field(default=0.02, ge=0)
-    ema_decay: float = Field(default=0.99, ge=0, lt=1)
-    validate_minutes: float = Field(default=8, ge=0)
-    validation_batches: int = Field(default=6, gt=0)
-    workers: int = Field(default=1, ge=0)
-    threads: int = Field(default=1, gt=0)
 
 
 @dataclass(frozen=True)
@@ -141,9 +83,10 @@ class GroupDataset(PairDataset):
     needs_depth = True
     roll_noise_deg = 6.0
     astray_share = 0.15  # of the views are rolled anyhow: what a query is under a hypothesis of a wrong roll
-    close_share = 0.0
-    close_deg = 30.0
-    anywhere_share = 0.0
+
+    def __init__(self, training: CorrespondenceTraining, size: int, seed: int, validation: bool = False) -> None:
+        super().__init__(training.data, training.augmentation, size, seed, validation=validation)
+        self.training = training
 
     def batch(self, rng: Generator) -> GroupBatch:  # type: ignore[override]
         """One batch from one generator."""
@@ -159,8 +102,8 @@ class GroupDataset(PairDataset):
         first = rng.integers(len(candidates))
         cosine = cache.directions[candidates] @ cache.directions[candidates[first]]
         kind = rng.random()
-        within = self.close_deg if kind < self.close_share else config.near_deg
-        within = 180.0 if kind > 1 - self.anywhere_share else within
+        within = self.training.close_deg if kind < self.training.close_share else config.near_deg
+        within = 180.0 if kind > 1 - self.training.anywhere_share else within
         near = np.flatnonzero(cosine > np.cos(np.radians(within)))
         near = near[near != first]
         if len(near) < config.views_per_object - 1:  # the nearest ones then
@@ -238,6 +181,9 @@ class Templates:
         self.turns = flatten_d(wigner_d(rotations, predictor.network.config.bandwidth)).to(device)
         self.rotations = rotations.to(device)
         self.seen = torch.ones(2, self._BINS, device=device)  # right and wrong ones at each distance, fading
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Templates:
+        return self  # a learner and its averaged copy see the same
 
     @in_full
     @torch.no_grad()
@@ -409,7 +355,7 @@ def batch_loss(
     parts["moved"] = moved[right].median().item()
     parts["sigma"], parts["support"] = loss_sigma.item(), loss_support.item()
     told = torch.stack(errors), torch.stack(expected), torch.stack(support)
-    return Outcome(loss, {"loss": loss.item(), **parts}, *told, truth.learned, truth.wrong, known)
+    return Outcome(loss, parts, *told, truth.learned, truth.wrong, known)
 
 
 def _match_loss(cosines: Tensor, truth: Truth, most: int = 1500) -> Tensor:
@@ -423,170 +369,111 @@ def _match_loss(cosines: Tensor, truth: Truth, most: int = 1500) -> Tensor:
     return F.cross_entropy(logits, place[:, 1] * side + place[:, 0])
 
 
-@torch.inference_mode()
-def validate(
-    network: CorrespondenceNetwork, batches: list[GroupBatch], config: CorrespondenceTraining, templates: Templates
-) -> dict[str, float]:
-    """Errors on held-out objects."""
-    network.eval()
-    outcomes = [
-        batch_loss(network, batch, config, np.random.default_rng(n), templates) for n, batch in enumerate(batches)
-    ]
-    network.train()
-    row = {key: float(np.mean([one.parts[key] for one in outcomes])) for key in outcomes[0].parts}
-    errors = torch.cat([one.errors[:, one.learned & ~one.known] for one in outcomes], dim=1).rad2deg()
-    row |= {f"median{n}": errors[n].median().item() for n in range(len(errors))}
-    row["worse_by_2"] = (errors[-1] > errors[0] + 2).float().mean().item() * 100
-    sigma = torch.cat([one.log_sigma[-1] for one in outcomes])
-    final, wrong = torch.cat([one.errors[-1] for one in outcomes]), torch.cat([one.wrong for one in outcomes])
-    row["sigma_right"], row["sigma_wrong"] = sigma[~wrong].mean().item(), sigma[wrong].mean().item()
-    for number in range(config.steps):
-        told = torch.cat([one.support[number] for one in outcomes])
-        # How often a right hypothesis has more support than a wrong one.
-        row[f"told_apart{number}"] = (told[~wrong][:, None] > told[wrong]).float().mean().item() * 100
-    sure = sigma < sigma.median()
-    row["median_sure_half"] = final[sure].median().rad2deg().item()
-    return row
+class CorrespondenceLearner(Learner[GroupBatch]):
+    """The refiner, its trunk started from a rotated latent's; see the module.
 
-
-def make_network(config: CorrespondenceTraining) -> CorrespondenceNetwork:
-    """The network, its trunk started from a rotated latent's.
+    Args:
+        config: of the training.
 
     Raises:
-        InputError: if its sizes, or the weights to start from, are wrong.
+        InputError: if its sizes, or the weights of the trunk, are wrong.
     """
-    network: CorrespondenceNetwork = of_sizes(CorrespondenceNetwork, CorrespondenceConfig, config.network)
-    folder = find_weights(config.trunk or None)
-    state = read_state(folder)
-    try:
-        network.trunk.load_state_dict({key: state[key] for key in network.trunk.state_dict()})
-    except (KeyError, RuntimeError) as error:
-        raise WeightsError(
-            f"trunk: {folder} holds no rotated latent of the widths {network.config.widths}; give one under 'trunk', "
-            "or its widths under 'network'"
-        ) from error
-    if config.start:
-        folder = find_weights(config.start)
-        load_state(network, read_state(folder), (), folder / WEIGHTS_FILE)
-    network.trunk.requires_grad_(False)
-    parts = list(network.trunk.named_children())
-    names = [name for name, _ in parts]
-    if config.train_from not in names:
-        raise InputError(f"train_from: the trunk has no '{config.train_from}'; it has {', '.join(names)}")
-    for _, part in parts[names.index(config.train_from) :]:
-        part.requires_grad_(True)
-    return network
 
-
-def train(config_path: Path, out: Path, overrides: dict[str, object] | None = None) -> None:
-    """Train until the budget is spent, resuming from ``out`` if it holds a checkpoint; in one process.
-
-    Raises:
-        InputError: if the file, the renders or the weights to start from are wrong; nothing has been written then.
-    """
-    config = read_training(CorrespondenceTraining, config_path, overrides)
-    accelerator = Accelerator(mixed_precision="bf16", cpu=not torch.cuda.is_available())
-    if accelerator.num_processes > 1:
-        raise InputError("kind: correspondence trains in one process; start it without `accelerate launch`")
-    device = accelerator.device
-    torch.set_num_threads(config.threads)
-    torch.manual_seed(config.seed)
-    network = make_network(config)
-    dataset, held_out = (
-        GroupDataset(config.data, config.augmentation, network.config.crop_size, config.seed, validation=held)
-        for held in (False, True)
+    curves = Curves(
+        "loss",
+        {"start": "hypothesis", "known1": "depth known", "error1": "depth predicted"},
+        "held out: median rotation error, °",
     )
-    for drawn in (dataset, held_out):
-        drawn.close_share, drawn.close_deg = config.close_share, config.close_deg
-        drawn.anywhere_share = config.anywhere_share
-    validation = [held_out.batch(np.random.default_rng((1, n))).to(device) for n in range(config.validation_batches)]
-    out.mkdir(parents=True, exist_ok=True)
-    network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # left out of the stubs
-    learned = [p for p in network.parameters() if p.requires_grad]
-    trunk = {id(p) for p in network.trunk.parameters()}
-    optimizer = Muon(
-        [
-            {
-                "params": [p for p in learned if (p.ndim > 1) == matrix and (id(p) in trunk) == of_trunk],
-                "matrix": matrix,
-                "weight_decay": config.weight_decay if matrix and not of_trunk else 0.0,
-            }
-            for matrix, of_trunk in ((True, False), (False, False), (True, True), (False, True))
-        ],
-        lr=config.learning_rate,
-    )
-    average = AveragedModel(network, multi_avg_fn=moving_average(config.ema_decay), use_buffers=True)
-    step, spent = 0, 0.0
-    checkpoint = out / CHECKPOINT
-    if checkpoint.exists():
-        step, spent = _load(checkpoint, network, average, optimizer)
-        print(f"{out}: resumed after {step} steps, {spent / 60:.1f} minutes")
-    dataset.first_batch = step
-    loader = DataLoader(
-        dataset, batch_size=None, num_workers=config.workers, prefetch_factor=4 if config.workers else None
-    )
-    budget, last = config.budget_minutes * 60, time.monotonic()
-    next_validation = spent + config.validate_minutes * 60
-    next_checkpoint = spent + CHECKPOINT_SECONDS
-    running: list[dict[str, float]] = []
-    templates = Templates(device)
-    _train_mode(network)
-    batches = iter(loader)
-    while spent < budget:
-        batch = next(batches).to(device)
-        share = spent / budget
-        rate = config.learning_rate * min(1.0, (step + 1) / config.warmup_steps) * 0.5 * (1 + np.cos(np.pi * share))
-        for group, factor in zip(optimizer.param_groups, (1.0, 1.0, 0.3, 0.3), strict=True):
-            group["lr"] = max(rate * factor, 1e-6)
-        # What is drawn in a step follows from its number, so that a resumed run draws the same.
-        rng = np.random.default_rng((config.seed, 2, step))
-        torch.manual_seed(config.seed + 1_000_000_007 * (step + 1))
-        with accelerator.autocast():
-            outcome = batch_loss(network, batch, config, rng, templates)
-        optimizer.zero_grad(set_to_none=True)
-        outcome.loss.backward()
-        nn.utils.clip_grad_norm_(learned, 1.0)
-        optimizer.step()
-        average.update_parameters(network)
-        step += 1
-        running.append(outcome.parts)
-        now = time.monotonic()
-        spent, last = spent + now - last, now
-        if step % 10 == 0:
-            row = {key: float(np.mean([one[key] for one in running])) for key in running[0]}
-            _log(out, {"step": step, "minutes": spent / 60, "left": (budget - spent) / 60, "rate": rate, **row})
-            running.clear()
-        judged = spent >= min(budget, next_validation)
-        if judged or spent >= next_checkpoint:
-            next_checkpoint = spent + CHECKPOINT_SECONDS
-            _save(checkpoint, learner=network, average=average, optimizer=optimizer, step=step, spent=spent)
-            last = time.monotonic()  # neither writing nor validation is training time
-        if judged:
-            next_validation = spent + config.validate_minutes * 60
-            with accelerator.autocast():
-                averaged = average.module
-                assert isinstance(averaged, CorrespondenceNetwork)
-                row = validate(averaged, validation, config, templates)
-            _train_mode(network)
-            _log(out, {"step": step, "minutes": spent / 60, **{f"val_{key}": value for key, value in row.items()}})
-            last = time.monotonic()
-            plot(out, CURVES)
-    finished = average.module
-    assert isinstance(finished, CorrespondenceNetwork)
-    export(finished, {"steps": step, "minutes": round(spent / 60, 1)}, out / WEIGHTS)
-    folder = out / WEIGHTS
-    print(f"weights: {folder}; next: python -m nope_ros.training.trust --weights {folder} --meshes MESHES")
+
+    def __init__(self, config: CorrespondenceTraining) -> None:
+        super().__init__()
+        self.config = config
+        self.network: CorrespondenceNetwork = of_sizes(CorrespondenceNetwork, CorrespondenceConfig, config.network)
+        self.crop_size = self.network.config.crop_size
+        trunk = self.network.trunk
+        folder = find_weights(config.trunk or None)
+        state = read_state(folder)
+        try:
+            trunk.load_state_dict({key: state[key] for key in trunk.state_dict()})
+        except (KeyError, RuntimeError) as error:
+            raise WeightsError(
+                f"trunk: {folder} holds no rotated latent of the widths {self.network.config.widths}; give one under "
+                "'trunk', or its widths under 'network'"
+            ) from error
+        parts = dict(trunk.named_children())
+        if config.train_from not in parts:
+            raise InputError(f"train_from: the trunk has no '{config.train_from}'; it has {', '.join(parts)}")
+        for part in list(parts.values())[: list(parts).index(config.train_from)]:
+            part.requires_grad_(False)
+        self.templates: Templates | None = None
+        self._told: list[dict[str, float]] = []  # of the steps that the log has not seen
+
+    def start_from(self, folder: Path) -> dict[str, Any]:
+        """All weights; not how far they were believed."""
+        found = CorrespondenceRefiner.from_pretrained(find_weights(folder), device="cpu")
+        take_over(folder, lambda: self.network.load_state_dict(found.network.state_dict()))
+        return found.weights.training
+
+    def dataset(self, config: RunConfig, seed: int, validation: bool = False) -> GroupDataset:
+        """Groups of views."""
+        return GroupDataset(self.config, self.crop_size, seed, validation)
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """The trunk, which has learned before, is changed less."""
+        own = [p for name, p in self.network.named_parameters() if not name.startswith("trunk.")]
+        return groups_of(own, weight_decay) + groups_of(self.network.trunk.parameters(), 0.0, pace=0.3)
+
+    def prepare(self, dataset: PairDataset, held_out: list[GroupBatch]) -> None:
+        """The packaged templates, on the same device."""
+        self.templates = Templates(self.network.cells.device)
+
+    def train(self, mode: bool = True) -> CorrespondenceLearner:
+        """The trunk's statistics are those of its own, longer training."""
+        super().train(mode)
+        self.network.trunk.eval()
+        return self
+
+    def forward(self, batch: GroupBatch, number: int) -> Tensor:
+        """Of pairs that follow from the step's number, so that a resumed run draws the same."""
+        outcome = self._outcome(batch, np.random.default_rng((self.config.seed, 2, number)))
+        self._told.append(outcome.parts)
+        return outcome.loss
+
+    def figures(self) -> dict[str, float]:
+        """The parts of the loss."""
+        told, self._told = self._told, []
+        return _means(told)
+
+    def _outcome(self, batch: GroupBatch, rng: Generator) -> Outcome:
+        assert self.templates is not None  # ``prepare`` comes first
+        return batch_loss(self.network, batch, self.config, rng, self.templates)
+
+    def validate(self, batches: list[GroupBatch]) -> dict[str, float]:
+        """Errors on held-out objects."""
+        outcomes = [self._outcome(batch, np.random.default_rng(n)) for n, batch in enumerate(batches)]
+        row = {"loss": float(np.mean([one.loss.item() for one in outcomes])), **_means([one.parts for one in outcomes])}
+        errors = torch.cat([one.errors[:, one.learned & ~one.known] for one in outcomes], dim=1).rad2deg()
+        row |= {f"median{n}": errors[n].median().item() for n in range(len(errors))}
+        row["worse_by_2"] = (errors[-1] > errors[0] + 2).float().mean().item() * 100
+        sigma = torch.cat([one.log_sigma[-1] for one in outcomes])
+        final, wrong = torch.cat([one.errors[-1] for one in outcomes]), torch.cat([one.wrong for one in outcomes])
+        row["sigma_right"], row["sigma_wrong"] = sigma[~wrong].mean().item(), sigma[wrong].mean().item()
+        for number in range(self.config.steps):
+            told = torch.cat([one.support[number] for one in outcomes])
+            # How often a right hypothesis has more support than a wrong one.
+            row[f"told_apart{number}"] = (told[~wrong][:, None] > told[wrong]).float().mean().item() * 100
+        sure = sigma < sigma.median()
+        row["median_sure_half"] = final[sure].median().rad2deg().item()
+        return row
+
+    def export(self, folder: Path, training: dict[str, Any]) -> None:
+        """Weights that ``CorrespondenceRefiner.from_pretrained`` reads, in half precision."""
+        state = {k: v.half() if v.is_floating_point() else v for k, v in self.network.state_dict().items()}
+        sizes = self.network.config.to_dict()
+        plain = {key: list(value) if isinstance(value, tuple) else value for key, value in sizes.items()}
+        write_weights(folder, CorrespondenceWeights(network=plain, training=training).model_dump(), state)
+        print(f"weights: {folder}; next: python -m nope_ros.training.trust --weights {folder} --meshes MESHES")
 
 
-def export(network: CorrespondenceNetwork, training: dict[str, object], folder: Path) -> None:
-    """Write weights that ``CorrespondenceRefiner.from_pretrained`` reads, in half precision."""
-    state = {key: value.half() if value.is_floating_point() else value for key, value in network.state_dict().items()}
-    sizes = {key: list(value) if isinstance(value, tuple) else value for key, value in network.config.to_dict().items()}
-    weights = CorrespondenceWeights(network=sizes, training=training)
-    write_weights(folder, weights.model_dump(), state)
-
-
-def _train_mode(network: CorrespondenceNetwork) -> None:
-    # The trunk's statistics are those of its own, longer training.
-    network.train()
-    network.trunk.eval()
+def _means(rows: list[dict[str, float]]) -> dict[str, float]:
+    return {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}

@@ -1,6 +1,7 @@
 """What is learned: a loss, figures on held-out objects and weights to write, for each kind of network.
 
-The loop (``nope_ros.training.train``) is the same for all of them, and so are the views and what is done to them.
+The loop (``nope_ros.training.train``) is the same for all of them, and so is what is done to views. The refiner's
+learner is in ``nope_ros.training.correspond``.
 """
 
 from __future__ import annotations
@@ -9,10 +10,10 @@ import copy
 import json
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ from nope_ros.models.rotated_latent import RotatedLatentConfig, RotatedLatentNet
 from nope_ros.models.rotation_regression import RotationRegression, RotationRegressionConfig
 from nope_ros.training.likelihood import Candidates, candidates, pose_loss, upright_loss
 from nope_ros.training.pairs import Batch, PairDataset
+from nope_ros.training.settings import RunConfig
 
 if TYPE_CHECKING:  # diffusers takes seconds to import
     from nope_ros.models.paper_unet import PaperUNetConfig
@@ -60,7 +62,10 @@ class Curves:
     title: str
 
 
-class Learner(nn.Module, ABC):
+AnyBatch = TypeVar("AnyBatch")
+
+
+class Learner(nn.Module, ABC, Generic[AnyBatch]):
     """A network on its way.
 
     Attributes:
@@ -73,15 +78,27 @@ class Learner(nn.Module, ABC):
     curves: ClassVar[Curves]
     memory_format: ClassVar[torch.memory_format] = torch.channels_last
 
-    def prepare(self, dataset: PairDataset, held_out: list[Batch]) -> None:
+    def dataset(self, config: RunConfig, seed: int, validation: bool = False) -> PairDataset:
+        """What batches are drawn from.
+
+        Raises:
+            InputError: if the renders are missing, or too few for a batch.
+        """
+        return PairDataset(config.data, config.augmentation, self.crop_size, seed, validation=validation)
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """What is learned, for ``Muon``."""
+        return groups_of(self.parameters(), weight_decay)
+
+    def prepare(self, dataset: PairDataset, held_out: list[AnyBatch]) -> None:
         """Take from the data what the loss needs; before the first step, and again when a training is resumed."""
 
     @abstractmethod
-    def forward(self, batch: Batch, number: int) -> Tensor:
+    def forward(self, batch: AnyBatch, number: int) -> Tensor:
         """The loss of one batch in one step; ``number`` counts steps."""
 
     @abstractmethod
-    def validate(self, batches: list[Batch]) -> dict[str, float]:
+    def validate(self, batches: list[AnyBatch]) -> dict[str, float]:
         """Figures of held-out objects, among them ``loss``."""
 
     @abstractmethod
@@ -92,8 +109,11 @@ class Learner(nn.Module, ABC):
         """What the log shows beside the loss."""
         return {}
 
-    def start_from(self, folder: Path) -> None:
+    def start_from(self, folder: Path) -> dict[str, Any]:
         """Take over the weights of a finished training.
+
+        Returns:
+            What they say of that training; its ``steps`` and ``minutes`` count as this one's too.
 
         Raises:
             WeightsError: if they are of another kind, or this kind cannot.
@@ -101,7 +121,26 @@ class Learner(nn.Module, ABC):
         raise WeightsError(f"start: {folder}: this kind always starts from nothing")
 
 
-def _take_over(folder: Path, load: Callable[[], object]) -> None:
+def groups_of(parameters: Iterable[nn.Parameter], weight_decay: float, pace: float = 1.0) -> list[dict[str, Any]]:
+    """Parameter groups for ``Muon``: matrices, which decay, and the rest; those that are frozen are left out."""
+    learned = [p for p in parameters if p.requires_grad]
+    return [
+        {
+            "params": [p for p in learned if (p.ndim > 1) == matrix],
+            "matrix": matrix,
+            "weight_decay": weight_decay if matrix else 0.0,
+            "pace": pace,
+        }
+        for matrix in (True, False)
+    ]
+
+
+def take_over(folder: Path, load: Callable[[], object]) -> None:
+    """Load weights where a network of the same sizes waits for them.
+
+    Raises:
+        WeightsError: if it has others.
+    """
     try:
         load()
     except RuntimeError as error:  # torch's, with a line for each layer
@@ -151,7 +190,7 @@ class _Shared(list[Candidates]):
         return self
 
 
-class RotatedLatentLearner(Learner):
+class RotatedLatentLearner(Learner[Batch]):
     """The rotated latent and its temperature, which are learned together, on the pose likelihood.
 
     Args:
@@ -275,13 +314,14 @@ class RotatedLatentLearner(Learner):
         predictor.save_pretrained(folder, dtype=torch.float16)
         print(f"weights: {folder}; next: python -m nope_ros.training.calibrate {folder} --cache CACHE")
 
-    def start_from(self, folder: Path) -> None:
+    def start_from(self, folder: Path) -> dict[str, Any]:
         """Weights and temperature; the optimiser's state is not kept."""
         predictor = load_predictor(folder, device="cpu")
         if not isinstance(predictor, RotatedLatentPredictor):
             raise WeightsError(f"start: {folder} holds '{predictor.name}', not the network of this training")
-        _take_over(folder, lambda: self.network.load_state_dict(predictor.network.state_dict()))
+        take_over(folder, lambda: self.network.load_state_dict(predictor.network.state_dict()))
         self.log_scale.data.fill_(-float(np.log(predictor.temperature)))
+        return predictor.training
 
 
 def _accuracy(error_deg: NDArray[np.float64], near: NDArray[np.bool_]) -> dict[str, float]:
@@ -305,7 +345,7 @@ def relative(R_query: Tensor, R_reference: Tensor) -> Tensor:
     return R_query @ R_reference.mT
 
 
-class RegressionLearner(Learner):
+class RegressionLearner(Learner[Batch]):
     """The rotation itself, by the Frobenius distance to the true one; see ``nope_ros.models.rotation_regression``."""
 
     curves = Curves("Frobenius distance of rotations", {"acc30_within_90": "Acc30"}, "held out, within 90°: Acc30, %")
@@ -315,12 +355,13 @@ class RegressionLearner(Learner):
         self.network = RotationRegression(config)
         self.crop_size = config.crop_size
 
-    def start_from(self, folder: Path) -> None:
+    def start_from(self, folder: Path) -> dict[str, Any]:
         """The encoder of a rotated latent: the comparison is then of what is done with the same features."""
         found = load_predictor(folder, device="cpu")
         if not isinstance(found, RotatedLatentPredictor):
             raise WeightsError(f"start: {folder} holds '{found.name}'; a rotated latent's encoder can be taken over")
-        _take_over(folder, lambda: self.network.start_from(found.network))
+        take_over(folder, lambda: self.network.start_from(found.network))
+        return found.training
 
     def forward(self, batch: Batch, number: int) -> Tensor:
         """The mean over all pairs, not squared: of several answers that fit, the median and not the middle."""
@@ -357,7 +398,7 @@ class RegressionLearner(Learner):
         print(f"weights: {folder}; compare: nope-ros evaluate ... --baselines --regression-weights {folder}")
 
 
-class AutoencoderLearner(Learner):
+class AutoencoderLearner(Learner[Batch]):
     """The autoencoder in whose latents the paper's U-Net predicts; Stable Diffusion's in the paper."""
 
     curves = Curves("L1 of the reconstruction (−1..1), and divergence", {"loss": "loss"}, "held out: the same")
@@ -387,7 +428,7 @@ class AutoencoderLearner(Learner):
         (folder / TRAINING).write_text(json.dumps(training, indent=2) + "\n", encoding="utf-8")
 
 
-class PaperUNetLearner(Learner):
+class PaperUNetLearner(Learner[Batch]):
     """NOPE's U-Net, on the distance between predicted and true latents of a frozen autoencoder.
 
     Args:

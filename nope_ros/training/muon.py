@@ -16,7 +16,8 @@ class Muon(torch.optim.Optimizer):
     in·k·k matrices, stacks (N, in, out) as N matrices. The others get AdamW.
 
     Args:
-        groups: parameter groups with ``params``, ``matrix``, ``weight_decay``.
+        groups: parameter groups with ``params``, ``matrix``, ``weight_decay``; and ``pace``, where they are to learn
+            at another rate than the others: the factor on it, for whoever sets the rates.
         lr: of both kinds; an update has the root mean square of one of AdamW's, 0.2.
         momentum: of the matrices.
         betas: of AdamW.
@@ -29,7 +30,7 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,
         betas: tuple[float, float] = (0.9, 0.98),
     ) -> None:
-        super().__init__(list(groups), {"lr": lr, "momentum": momentum, "betas": betas, "matrix": False})
+        super().__init__(list(groups), {"lr": lr, "momentum": momentum, "betas": betas, "matrix": False, "pace": 1.0})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]

@@ -1,4 +1,4 @@
-"""Learn weights: ``nope-ros train CONFIG``, of any kind that ``nope_ros.training.learners`` has.
+"""Learn weights: ``nope-ros train CONFIG``, of any kind there is a learner of.
 
 Training is bounded by wall-clock time, not by steps: the learning rate follows the share of the budget that is spent,
 so that a run on a slow machine ends as well-annealed as one on a fast machine. A run resumes from its last checkpoint.
@@ -13,15 +13,13 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast, gather_object
 from matplotlib.figure import Figure
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -29,10 +27,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 from nope_ros.frame import InputError
-from nope_ros.latent import find_weights, known_fields, read_config
 from nope_ros.models.rotated_latent import RotatedLatentConfig
 from nope_ros.models.rotation_regression import RotationRegressionConfig
-from nope_ros.training.augment import AugmentationConfig
+from nope_ros.training.correspond import CorrespondenceLearner
 from nope_ros.training.learners import (
     TRAINING,
     AutoencoderLearner,
@@ -43,103 +40,14 @@ from nope_ros.training.learners import (
     RotatedLatentLearner,
 )
 from nope_ros.training.muon import Muon
-from nope_ros.training.pairs import Batch, DataConfig, PairDataset
-
-KINDS = ("rotated_latent", "regression", "paper_unet", "correspondence")
-"""Of networks; the last one's training is ``nope_ros.training.correspond``."""
-
-Config = TypeVar("Config", bound=BaseModel)
-Made = TypeVar("Made")
-
-
-class TrainingConfig(BaseModel):
-    """Everything a run depends on, besides the renders."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    kind: Literal["rotated_latent", "regression", "paper_unet"] = "rotated_latent"
-    data: DataConfig
-    augmentation: AugmentationConfig = AugmentationConfig()
-    network: dict[str, int | float | str | list[int]] = {}  # sizes that differ from the kind's own
-    start: str = ""  # folder of weights to go on from, with a new seed; empty: from nothing
-    seed: int = Field(default=0, ge=0)
-    budget_minutes: float = Field(default=120, gt=0)
-    budget_steps: int | None = Field(default=None, gt=0)  # in place of minutes, where a run has to be repeatable
-    learning_rate: float = Field(default=2e-3, gt=0)
-    warmup_steps: int = Field(default=200, gt=0)
-    weight_decay: float = Field(default=0.05, ge=0)
-    ema_decay: float = Field(default=0.998, ge=0, lt=1)
-    sigma_deg: float = Field(default=5.0, gt=0)  # rotated_latent: width of the target around the truth
-    candidate_sets: int = Field(default=8, gt=0)  # rotated_latent: sets of rotations that take turns
-    upright_candidates: int = Field(default=3000, gt=0)  # rotated_latent: views in each set
-    autoencoder_share: float = Field(default=0.3, gt=0, lt=1)  # paper_unet: of the budget, before the U-Net's turn
-    distance: Literal["l1", "l2"] = "l1"  # paper_unet: of latents
-    validate_minutes: float = Field(default=10, ge=0)
-    validation_batches: int = Field(default=12, gt=0)
-    workers: int = Field(default=1, ge=0)
-    threads: int = Field(default=1, gt=0)
-
-
-def read_values(path: Path, overrides: dict[str, object] | None = None) -> dict[str, object]:
-    """What a training's file says, not yet checked but for its kind.
-
-    Args:
-        path: YAML.
-        overrides: values that replace the file's.
-
-    Raises:
-        InputError: if it cannot be read, holds no names with values, or another kind than one of ``KINDS``.
-    """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; give a file such as config/train/rotated_latent.yaml") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        found = "is empty" if values is None else f"holds a {type(values).__name__}"
-        raise InputError(f"{path} {found}; names with values are needed, as in config/train/rotated_latent.yaml")
-    values |= overrides or {}
-    if values.get("kind", KINDS[0]) not in KINDS:
-        raise InputError(f"{path}: kind: there is no '{values['kind']}'; known: {', '.join(KINDS)}")
-    return values
-
-
-def read_training(model: type[Config], path: Path, overrides: dict[str, object] | None = None) -> Config:
-    """A training's file, checked.
-
-    Args:
-        model: of its kind.
-        path: YAML.
-        overrides: values that replace the file's.
-
-    Raises:
-        InputError: naming what is wrong in it.
-    """
-    try:
-        return model.model_validate(read_values(path, overrides))
-    except ValidationError as error:
-        wrong = [
-            f"{'.'.join(map(str, one['loc']))}: "
-            + ("there is no such setting" if one["type"] == "extra_forbidden" else one["msg"])
-            for one in error.errors()
-        ]
-        raise InputError(f"{path}: {'; '.join(wrong[:3])}; docs/training.md tells the settings") from error
-
-
-def of_sizes(make: Callable[[Made], nn.Module], sizes: type[Made], network: dict[str, Any]) -> Any:
-    """What ``make`` makes of a network's sizes, of which a training's file gives those that differ from the usual.
-
-    Raises:
-        InputError: if no such network can be made.
-    """
-    try:
-        given = {key: tuple(value) if isinstance(value, list) else value for key, value in network.items()}
-        return make(sizes(**known_fields(sizes, given)))
-    except InputError:
-        raise
-    except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
-        raise InputError(f"network: {error}; {sizes.__module__} tells the sizes") from error
+from nope_ros.training.settings import (
+    CorrespondenceTraining,
+    RunConfig,
+    TrainingConfig,
+    of_sizes,
+    read_training,
+    read_values,
+)
 
 
 def _log(folder: Path, row: dict[str, float]) -> None:
@@ -155,7 +63,7 @@ def train(config_path: Path, out: Path, overrides: dict[str, object] | None = No
     stands still, and of its U-Net.
 
     Args:
-        config_path: YAML of a TrainingConfig.
+        config_path: YAML of a ``TrainingConfig`` or ``CorrespondenceTraining``.
         out: folder for checkpoint, log, curves and EMA weights.
         overrides: values that replace the file's, such as ``budget_minutes``.
 
@@ -165,9 +73,12 @@ def train(config_path: Path, out: Path, overrides: dict[str, object] | None = No
     Raises:
         InputError: if the file, the renders or the weights to start from are wrong; nothing has been written then.
     """
+    if read_values(config_path, overrides).get("kind") == "correspondence":
+        refiner = read_training(CorrespondenceTraining, config_path, overrides)
+        _begin(refiner)
+        return _run(CorrespondenceLearner(refiner), refiner, out)
     config = read_training(TrainingConfig, config_path, overrides)
-    torch.set_num_threads(config.threads)
-    torch.manual_seed(config.seed)
+    _begin(config)
     if config.kind == "rotated_latent":
 
         def rotated_latent(sizes: RotatedLatentConfig) -> Learner:
@@ -193,6 +104,11 @@ def train(config_path: Path, out: Path, overrides: dict[str, object] | None = No
     prepared = None if autoencoder is None else autoencoder / TRAINING
     learner = of_sizes(paper_unet, PaperUNetConfig, config.network)
     return _run(learner, config, out, 1 if autoencoder is None else 1 - share, prepared)
+
+
+def _begin(config: RunConfig) -> None:
+    torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
 
 
 _Tensors = tuple[Tensor, ...] | list[Tensor]
@@ -225,7 +141,7 @@ WEIGHTS = "weights"
 
 
 def _run(
-    bare: Learner, config: TrainingConfig, out: Path, share_of_budget: float = 1.0, prepared: Path | None = None
+    bare: Learner[Any], config: RunConfig, out: Path, share_of_budget: float = 1.0, prepared: Path | None = None
 ) -> int:
     """One training: of a learner, from its checkpoint in ``out`` or from nothing, to its weights there.
 
@@ -239,25 +155,15 @@ def _run(
     Returns:
         The steps it took, all of its beginnings together.
     """
-    before = read_config(find_weights(config.start)).training if config.start else {}
-    if prepared is not None:
-        before = json.loads(prepared.read_text(encoding="utf-8"))
     accelerator = Accelerator(mixed_precision="bf16", cpu=not torch.cuda.is_available())
     bare.to(memory_format=bare.memory_format)  # type: ignore[call-overload]  # torch's stubs leave it out
-    if config.start:
-        bare.start_from(Path(config.start))
-    learned = [p for p in bare.parameters() if p.requires_grad]
-    optimizer = Muon(
-        [
-            {"params": [p for p in learned if p.ndim > 1], "matrix": True, "weight_decay": config.weight_decay},
-            {"params": [p for p in learned if p.ndim <= 1], "matrix": False, "weight_decay": 0.0},
-        ],
-        lr=config.learning_rate,
-    )
+    before = bare.start_from(Path(config.start)) if config.start else {}
+    if prepared is not None:
+        before = json.loads(prepared.read_text(encoding="utf-8"))
+    optimizer = Muon(bare.parameter_groups(config.weight_decay), lr=config.learning_rate)
     # Every process draws batches of its own.
     seed = config.seed + 1_000_003 * accelerator.process_index
-    dataset = PairDataset(config.data, config.augmentation, bare.crop_size, seed)
-    held_out = PairDataset(config.data, config.augmentation, bare.crop_size, config.seed, validation=True)
+    dataset, held_out = bare.dataset(config, seed), bare.dataset(config, config.seed, validation=True)
     validation = [
         held_out.batch(np.random.default_rng((1, number))).to(accelerator.device)
         for number in range(config.validation_batches)
@@ -296,9 +202,9 @@ def _run(
     while share() < 1:
         batch = next(batches).to(accelerator.device)
         annealed = 0.5 * (1 + np.cos(np.pi * share()))
-        rate = max(config.learning_rate * min(1.0, (step + 1) / config.warmup_steps) * annealed, 1e-6)
+        rate = config.learning_rate * min(1.0, (step + 1) / config.warmup_steps) * annealed
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = max(rate * group["pace"], 1e-6)
         # What is drawn in a step follows from its number, so that a resumed run draws the same.
         torch.manual_seed(seed + 1_000_000_007 * (step + 1))
         with accelerator.autocast():
@@ -352,7 +258,7 @@ def _of_the_first(seconds: float, accelerator: Accelerator) -> float:
 
 
 @torch.inference_mode()
-def validate(average: AveragedModel, batches: list[Batch], accelerator: Accelerator) -> dict[str, float]:
+def validate(average: AveragedModel, batches: list[Any], accelerator: Accelerator) -> dict[str, float]:
     """Figures of the averaged weights on held-out objects."""
     learner = average.module
     assert isinstance(learner, Learner)
