@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from node_process import HEIGHT, WIDTH, K, camera_info_message, image_message, scene
+from node_process import FRAME, HEIGHT, WIDTH, K, camera_info_message, image_message, scene
 
 from nope_ros.draw import Drawn, overlay
 from nope_ros.estimator import PoseEstimator, RegisteredObject
@@ -303,3 +303,29 @@ def test_twenty_objects_cost_little_more_than_one(gravity: Gravity, most: float)
             run(shipped, twenty[:count], received(image, mask), gravity)
             spent.append(time.process_time() - begin)
     assert min(seconds[20]) < most * min(seconds[1]), seconds
+
+
+@pytest.mark.parametrize(
+    ("object_id", "changed", "told"),
+    [
+        ("level", {}, None),
+        (FRAME, {}, "the camera's own frame"),
+        ("odom", {"tracking_fixed_frame": "odom"}, "do not move in"),
+        ("map", {"gravity_frame": "map"}, "tells gravity"),
+        ("odom", {"tracking_fixed_frame": "odom", "tf_prefix": "nope/"}, None),
+    ],
+)
+def test_no_object_takes_the_name_of_a_frame_that_the_node_needs(
+    object_id: str,
+    changed: dict[str, str],
+    told: str | None,
+    estimator: PoseEstimator,
+    objects: list[RegisteredObject],
+) -> None:
+    known = replace(objects[0], object_id=object_id)
+    asked = replace(ANYTHING, confidence_threshold=0.0, **changed)
+    said: list[object] = []
+    result = estimate(received(*scene()), [known], estimator, asked, Gravity(), said.append)
+    sent = Outputs(result, asked).transforms(said.append)
+    assert [one.child_frame_id for one in sent] == ([] if told else [asked.tf_prefix + object_id])
+    assert (told in str(said[0]) and "tf.prefix" in str(said[0])) if told else not said

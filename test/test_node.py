@@ -772,7 +772,10 @@ def test_lifecycle_in_a_namespace_with_all_inputs_otherwise(weights: Path, tmp_p
         assert robot.objects() == ["mug"], "loaded again"
         robot.received[poses].clear()
         robot.until(answered, "poses, by the calibration of before")
+        begin = RegisterFromStream.Request(command=RegisterFromStream.Request.START, object_id="cup")
+        assert robot.call(RegisterFromStream, f"{robot.name}/register_from_stream", begin).success
         assert change_state(robot, Transition.TRANSITION_DEACTIVATE)
+        robot.until(lambda: "the walk round 'cup' is given up" in other.output, "word of the walk")
         assert change_state(robot, Transition.TRANSITION_CLEANUP)
         assert change_state(robot, Transition.TRANSITION_CONFIGURE)
         assert change_state(robot, Transition.TRANSITION_ACTIVATE)

@@ -256,7 +256,9 @@ class NopeNode(LifecycleNode):
             session.stop.set()
             session.worker.join()
         self._marked = frozenset()
-        self._stream = None
+        if self._stream is not None:
+            self._complain(f"the walk round '{self._stream.object_id}' is given up: the node is no longer active")
+            self._cancel_stream(self._stream)
         for object_id in list(self._objects):
             self._remove(object_id)
         if self._imu_input is not None:

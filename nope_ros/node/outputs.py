@@ -56,10 +56,15 @@ class Outputs:
             complain("image: header.frame_id is empty, so nothing can be broadcast on TF; set it in the camera driver")
             return []
         transforms = []
+        taken = {
+            self.settings.gravity_frame: "the frame that tells gravity",
+            self.settings.tracking_fixed_frame: "the frame that objects do not move in",
+            parent: "the camera's own frame",
+        }
         for one in seen:
             child = self.settings.tf_prefix + one.estimate.object_id
-            if child == parent:
-                complain(f"TF: '{child}' is the camera's own frame; rename the object or set the parameter 'tf.prefix'")
+            if child in taken:
+                complain(f"TF: '{child}' is {taken[child]}; rename the object or set the parameter 'tf.prefix'")
                 continue
             transforms.append(messages.transform(self.result.header, child, one.estimate))
         return transforms
