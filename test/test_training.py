@@ -6,29 +6,35 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from rendered import photograph
 from safetensors.torch import load_file, save_file
 from scipy.spatial.transform import Rotation
 from torch.optim.swa_utils import AveragedModel
 
 from nope_ros.cli import main
 from nope_ros.correspondence import CorrespondenceRefiner
+from nope_ros.crop import virtual_crop
+from nope_ros.evaluation.meshes import FIRST_UNSEEN_SEED
 from nope_ros.latent import PaperUNetPredictor, RotatedLatentPredictor, load_predictor
 from nope_ros.models.correspondence import CorrespondenceConfig
 from nope_ros.models.paper_unet import PaperUNetConfig
-from nope_ros.models.rotated_latent import RotatedLatentConfig
+from nope_ros.models.rotated_latent import RotatedLatentConfig, RotatedLatentNetwork
 from nope_ros.models.rotation_regression import RotationRegression, RotationRegressionConfig, rotation_from_6d
+from nope_ros.rotations import look_at
 from nope_ros.training import average as averaging
 from nope_ros.training import train as module
 from nope_ros.training.augment import AugmentationConfig
 from nope_ros.training.correspond import CorrespondenceLearner
 from nope_ros.training.learners import relative
 from nope_ros.training.pairs import PairDataset
+from nope_ros.training.procedural import procedural_object
 from nope_ros.training.render_cache import Settings, build_cache
 from nope_ros.training.settings import CorrespondenceTraining, TrainingConfig, of_sizes, read_training, read_values
 from nope_ros.training.train import train
@@ -351,6 +357,30 @@ def test_the_refiners_trunk_learns_slowly_and_its_first_part_not_at_all(cache):
     assert {group["weight_decay"] for group in learner.parameter_groups(0.02) if group["pace"] < 1} == {0.0}
     learner.train()
     assert learner.network.training and not trunk.training
+
+
+@pytest.mark.parametrize("size", [80, 112, 128])
+def test_weights_for_one_size_of_crops_are_a_start_for_another(size):
+    """A latent hardly depends on how finely an object is seen, before anything is learned anew."""
+    predictor = load_predictor(None, device="cpu", dtype=torch.float32)
+    network = RotatedLatentNetwork(replace(predictor.network.config, crop_size=size))
+    network.load_state_dict(network.adapted(predictor.network.state_dict()))
+    mesh = procedural_object(FIRST_UNSEEN_SEED + 2).normalised()[0]
+    K = np.array([[600.0, 0, 159.5], [0, 600.0, 119.5], [0, 0, 1]])
+    seen = [photograph(mesh, look_at(np.array(at)), (0, 0, 6.0), K) for at in ([1, 0.2, 0.4], [-0.3, 1, 0.8])]
+    other = RotatedLatentPredictor(network, device="cpu", dtype=torch.float32)
+    a, b = (p.encode([virtual_crop(frame, p.crop_size) for frame in seen]) for p in (predictor, other))
+    alike = torch.nn.functional.cosine_similarity(a[:, None], b[None], dim=-1)
+    assert alike.diagonal().min() > 0.8
+    assert alike.fliplr().diagonal().max() < alike.diagonal().min() - 0.2
+    torch.testing.assert_close(a.norm(dim=1), b.norm(dim=1), rtol=0.25, atol=0)
+
+
+def test_training_starts_from_weights_for_another_size_of_crops(cache, tmp_path):
+    run("rotated_latent", cache, tmp_path / "small", 1)
+    larger = KINDS["rotated_latent"] | {"crop_size": 48}
+    run("rotated_latent", cache, tmp_path / "large", 1, network=larger, start=str(tmp_path / "small" / "weights"))
+    assert load_predictor(tmp_path / "large" / "weights", device="cpu").crop_size == 48
 
 
 # Each process has a clock of its own; the second one's runs three times as fast.

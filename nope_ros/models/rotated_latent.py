@@ -12,6 +12,7 @@ Turning keeps norms, so NOPE's likelihood −‖F(e_r, ΔR) − e_q‖² (Nguyen
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 
@@ -90,6 +91,16 @@ class _Attention(nn.Module):
         )
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, height * width, channels)
         return x + self.out(mixed).transpose(1, 2).reshape(x.shape)
+
+
+def _resampled(places: Tensor, count: int) -> Tensor:
+    """What is known of the cells of a square, (n², C), for one of other cells (``count``, C)."""
+    sides = round(len(places) ** 0.5), round(count**0.5)
+    if sides[0] == sides[1]:
+        return places
+    square = places.T.reshape(1, -1, sides[0], sides[0])
+    other = F.interpolate(square.float(), size=(sides[1], sides[1]), mode="bicubic", align_corners=False)
+    return other.reshape(places.shape[1], -1).T.to(places.dtype).contiguous()
 
 
 def downsample(channels_in: int, channels_out: int) -> nn.Sequential:
@@ -192,6 +203,18 @@ class CropUNet(nn.Module):
         self.features_out = w1 + w1 // 2
         self.up1 = _Up(w2, w1, self.features_out)
 
+    def adapted(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The state of the same network for crops of another size as a state of this one.
+
+        What was learned of places is resampled. The network then has to get used to seeing everything larger or
+        smaller: it takes a few hundred steps of training.
+        """
+        own, found = self.state_dict(), dict(state)
+        for name in found.keys() & own.keys():
+            if name.endswith(".position") and found[name].shape[1:] == own[name].shape[1:]:
+                found[name] = _resampled(found[name], len(own[name]))
+        return found
+
     def features(self, crops: Tensor) -> Tensor:
         """Features (B, features_out, S/4, S/4) of crops (B, 4, S, S)."""
         x1 = self.encode1(self.stem(crops))
@@ -217,6 +240,14 @@ class RotatedLatentNetwork(CropUNet):
         self.mix = _PerDegree(config.bandwidth, config.lifted_channels * self.radii, inner)
         self.blocks = nn.Sequential(*(_SphereBlock(config.bandwidth, inner) for _ in range(config.sphere_blocks)))
         self.out = _PerDegree(config.bandwidth, inner, config.channels, gain=0.1)
+
+    def adapted(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See ``CropUNet.adapted``; a ball of more cells gives larger coefficients, which is taken back."""
+        found = super().adapted(state)
+        for name, places in state.items():
+            if name.endswith(".position") and "mix.weight" in found:
+                found["mix.weight"] = found["mix.weight"] * (len(places) / len(found[name])) ** 0.5
+        return found
 
     def forward(self, crops: Tensor) -> Tensor:
         """Latents (B, (L+1)², channels) of crops (B, 4, S, S)."""

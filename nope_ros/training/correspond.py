@@ -394,7 +394,7 @@ class CorrespondenceLearner(Learner[GroupBatch]):
         folder = find_weights(config.trunk or None)
         state = read_state(folder)
         try:
-            trunk.load_state_dict({key: state[key] for key in trunk.state_dict()})
+            trunk.load_state_dict(trunk.adapted({key: state[key] for key in trunk.state_dict()}))
         except (KeyError, RuntimeError) as error:
             raise WeightsError(
                 f"trunk: {folder} holds no rotated latent of the widths {self.network.config.widths}; give one under "

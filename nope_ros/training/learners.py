@@ -315,11 +315,12 @@ class RotatedLatentLearner(Learner[Batch]):
         print(f"weights: {folder}; next: python -m nope_ros.training.calibrate {folder} --cache CACHE")
 
     def start_from(self, folder: Path) -> dict[str, Any]:
-        """Weights and temperature; the optimiser's state is not kept."""
+        """Weights, also those for crops of another size, and temperature; the optimiser's state is not kept."""
         predictor = load_predictor(folder, device="cpu")
         if not isinstance(predictor, RotatedLatentPredictor):
             raise WeightsError(f"start: {folder} holds '{predictor.name}', not the network of this training")
-        take_over(folder, lambda: self.network.load_state_dict(predictor.network.state_dict()))
+        state = predictor.network.state_dict()
+        take_over(folder, lambda: self.network.load_state_dict(self.network.adapted(state)))
         self.log_scale.data.fill_(-float(np.log(predictor.temperature)))
         return predictor.training
 
