@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from node_process import (
@@ -21,7 +22,7 @@ from node_process import (
     ros_context,
     scene,
 )
-from vision_msgs.msg import Detection2D, Detection2DArray
+from vision_msgs.msg import BoundingBox2D, Detection2D, Detection2DArray
 
 from nope_ros.node import topics
 from nope_ros.node.parameters import BY_NAME
@@ -167,6 +168,81 @@ def test_segmentation_launch(launch: None, weights: Path, tmp_path: Path, listed
             assert robot.wait(poses, lambda message: message.poses).poses[0].object_id == "mug"
         finally:
             robot.close()
+
+
+def test_boxes_launch(launch: None, weights: Path, tmp_path: Path) -> None:
+    """A box around an object becomes its mask, and that its pose."""
+    parameters = tmp_path / "mine.yaml"
+    values = {"similarity_threshold": -1.0, "storage.directory": str(tmp_path / "objects"), "weights": str(weights)}
+    parameters.write_text(yaml.safe_dump({"/**": {"ros__parameters": values}}))
+    words = ["namespace:=arm", "image:=/camera/color", "detections:=/detector/boxes", "device:=cpu"]
+    image, mask = scene()
+    rows, columns = np.nonzero(mask)
+    box = BoundingBox2D(size_x=float(np.ptp(columns)), size_y=float(np.ptp(rows)))
+    box.center.position.x, box.center.position.y = float(np.mean(columns)), float(np.mean(rows))
+    with ros_context(), launched(tmp_path / "log", "boxes.launch.py", *words, f"params_file:={parameters}"):
+        robot = Robot("/arm/nope")
+        try:
+            assert robot.register("mug", image, mask).success
+            poses = robot.listen(topics.POSES)
+
+            def answered() -> bool:  # best-effort, so sent until both nodes have it
+                sent = image_message(image, "rgb8", time.time_ns())
+                robot.publish("/camera/color", sent)
+                robot.publish("/arm/camera_info", camera_info_message(time.time_ns()))
+                boxes = [Detection2D(bbox=box)]
+                robot.publish("/detector/boxes", Detection2DArray(header=sent.header, detections=boxes))
+                time.sleep(0.5)
+                return any(message.poses for message in robot.received[poses])
+
+            robot.until(answered, "a pose")
+        finally:
+            robot.close()
+
+
+def test_two_cameras_launch(launch: None, weights: Path, tmp_path: Path) -> None:
+    """Each node knows its own objects alone, and broadcasts under names of its own."""
+    sides = ("front", "back")
+    values = {
+        side: {
+            "similarity_threshold": -1.0,
+            "confidence_threshold": 0.0,
+            "weights": str(weights),
+            "device": "cpu",
+            "storage.directory": str(tmp_path / side),
+            "tf.prefix": f"{side}_",
+        }
+        for side in sides
+    }
+    parameters = tmp_path / "mine.yaml"
+    sections = {f"/{side}/nope": {"ros__parameters": values[side]} for side in sides}
+    parameters.write_text(yaml.safe_dump(sections))
+    words = ["left:=/front", "right:=/back", f"params_file:={parameters}"]
+    image, mask = scene()
+    with ros_context(), launched(tmp_path / "log", "two_cameras.launch.py", *words):
+        robots = {side: Robot(f"/{side}/nope") for side in sides}
+        try:
+            for side, robot in robots.items():
+                assert robot.register(f"mug_of_{side}", image, mask).success
+            for side, robot in robots.items():
+                assert robot.objects() == [f"mug_of_{side}"]
+                transforms = robot.listen(topics.TF)
+                when = time.time_ns()
+                robot.publish(f"/{side}/image_raw", image_message(image, "rgb8", when))
+                robot.publish(f"/{side}/camera_info", camera_info_message(when))
+                robot.publish(f"/{side}/mask", image_message(mask, "mono8", when))
+                sent = robot.wait(transforms).transforms
+                assert [one.child_frame_id for one in sent] == [f"{side}_mug_of_{side}"]
+        finally:
+            for robot in robots.values():
+                robot.close()
+
+
+def test_two_cameras_launch_without_a_section_is_refused(launch: None, tmp_path: Path) -> None:
+    command = [sys.executable, "-P", "-c", LAUNCHER, str(ROOT / "launch" / "two_cameras.launch.py"), "left:=/roof"]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60, check=False)
+    assert ended.returncode != 0
+    assert "has no section '/roof/nope:'" in ended.stdout + ended.stderr
 
 
 def test_demo_launch(launch: None, weights: Path, tmp_path: Path) -> None:
