@@ -302,6 +302,10 @@ def test_what_is_learned_from_agrees_with_itself(tmp_path: Path) -> None:
     network = CorrespondenceNetwork(CorrespondenceConfig())
     mask = torch.nn.functional.avg_pool2d((batch.crops.flatten(0, 1)[:, 3:] > 127).float(), 4)
     templates = Templates()
+    crops = batch.crops.flatten(0, 1)
+    finer = torch.nn.functional.interpolate(crops.float(), (160, 160), mode="bilinear").byte()
+    coarse = torch.nn.functional.cosine_similarity(templates.latents(finer), templates.latents(crops))
+    assert coarse.min() > 0.9, "the refiner's crops may be of another size"
     truth = choose_pairs(batch, network.cells, config, np.random.default_rng(0), mask, templates)
     surface = truth.points[..., 2].isfinite()
     assert truth.visible.sum() > 0.4 * surface.sum()

@@ -185,6 +185,13 @@ class Templates:
     def __deepcopy__(self, memo: dict[int, object]) -> Templates:
         return self  # a learner and its averaged copy see the same
 
+    def latents(self, crops: Tensor) -> Tensor:
+        """Of crops (B, 4, S, S) uint8 of any size: (B, D)."""
+        size = (self.predictor.crop_size,) * 2
+        if crops.shape[-2:] != size:
+            crops = F.interpolate(crops.float(), size, mode="bilinear", antialias=True).round().byte()
+        return self.predictor.encode_pixels(crops)
+
     @in_full
     @torch.no_grad()
     def wrong(self, latents: Tensor, reference: Tensor, query: Tensor, delta: Tensor) -> Tensor:
@@ -264,7 +271,7 @@ def choose_pairs(
     true = delta.double().cpu().numpy()
     # Under a right hypothesis the query is aligned.
     wrong = torch.from_numpy((rng.random(count) < config.wrong_share) | (np.abs(twist(true)) > _ASKEW)).to(device)
-    latents = templates.predictor.encode_pixels(batch.crops.flatten(0, 1))
+    latents = templates.latents(batch.crops.flatten(0, 1))
     likely = templates.wrong(latents, reference, query, delta)
     unroll = np.zeros((count, 3))
     unroll[:, 2] = twist(likely.double().cpu().numpy()) * rng.uniform(0.3, 1, count)  # as much roll as right ones have
