@@ -449,7 +449,7 @@ class PoseEstimator:
         if isinstance(mesh, str | Path):
             mesh = read_mesh(mesh, object_diameter=object_diameter)
         rotations = view_rotations(None if gravity is None else -gravity)
-        views = render_views(mesh, rotations, self.predictor.crop_size, self.encode, progress)
+        views = render_views(mesh, rotations, self.predictor.crop_size, self.encode, gravity, progress)
         # The first view is the reference; its virtual camera is taken for the real one.
         distance, offset = float(views.distance[0]), views.offset_object[0]
         origin = np.array([0.0, 0.0, distance]) + views.R[0] @ offset

@@ -247,8 +247,8 @@ class NetworkPredictor(ABC):
         """Plain values for config.json."""
 
     @abstractmethod
-    def _encode_batch(self, crops: Tensor) -> Tensor:
-        """(B, 4, S, S) in −1..1 → (B, *latent_shape)."""
+    def _encode_batch(self, crops: Tensor, level: Tensor) -> Tensor:
+        """(B, 4, S, S) in −1..1 and whether they are level (B,) → (B, *latent_shape)."""
 
     @abstractmethod
     def _predict_batch(self, latent: Tensor, rotations: Tensor) -> Tensor:
@@ -282,16 +282,20 @@ class NetworkPredictor(ABC):
         if not crops:
             return torch.zeros(0, int(np.prod(self.latent_shape)), device=self.device)
         stacked = np.stack([np.dstack([crop.image, crop.mask]) for crop in crops])
-        return self.encode_pixels(torch.from_numpy(stacked).permute(0, 3, 1, 2))
+        level = torch.tensor([crop.roll_known for crop in crops])
+        return self.encode_pixels(torch.from_numpy(stacked).permute(0, 3, 1, 2), level)
 
     @torch.no_grad()
-    def encode_pixels(self, crops: Tensor) -> Tensor:
-        """Crops (B, 4, S, S) uint8 as in ``crops_to_tensor`` → latents (B, D), float32."""
+    def encode_pixels(self, crops: Tensor, level: Tensor) -> Tensor:
+        """Crops (B, 4, S, S) uint8 as in ``crops_to_tensor`` → latents (B, D), float32.
+
+        ``level`` (B,) says of which of them gravity removed the roll.
+        """
         parts = []
-        for part in torch.split(crops, self.batch_size):
+        for part, known in zip(crops.split(self.batch_size), level.split(self.batch_size), strict=True):
             pixels = crops_to_tensor(part.to(self.device)).contiguous(memory_format=self.layout)
             with self._autocast():
-                parts.append(self._encode_batch(pixels).float().flatten(1))
+                parts.append(self._encode_batch(pixels, known.to(self.device)).float().flatten(1))
         return torch.cat(parts)
 
     def predict(self, latent: Tensor, rotations: Tensor) -> Tensor:
@@ -399,28 +403,28 @@ class RotatedLatentPredictor(NetworkPredictor):
         return (self.network.config.bandwidth + 1) ** 2, self.network.config.channels
 
     def of_any_roll(self, latent: Tensor, image: NDArray[np.uint8], mask: NDArray[np.uint8]) -> Tensor:
-        """The mean of a crop's latent (D,) and those of the crop rolled by quarter turns, each turned back exactly.
+        """The mean of the latents of a crop rolled by quarter turns, each turned back exactly.
 
         The network has to learn what a roll does to a crop, and has not quite. Where queries come with any roll, the
         mean is what they resemble most; where they are level, the latent of the level crop is. Degree 0, which does not
         turn and tells objects apart, stays the crop's own.
 
         Args:
-            latent: (D,) of the crop.
+            latent: (D,) of the crop as it is, perhaps level.
             image: (S, S, 3) of it.
             mask: (S, S).
         """
         crop = torch.from_numpy(np.dstack([image, mask])).permute(2, 0, 1)
-        rolled = self.encode_pixels(torch.stack([torch.rot90(crop, quarter, (1, 2)) for quarter in (1, 2, 3)]))
-        back = exp(np.array([[0.0, 0.0, quarter * np.pi / 2] for quarter in (1, 2, 3)]))
+        crops = torch.stack([torch.rot90(crop, quarter, (1, 2)) for quarter in range(4)])
+        rolled = self.encode_pixels(crops, torch.zeros(4, dtype=torch.bool))
+        back = exp(np.array([[0.0, 0.0, quarter * np.pi / 2] for quarter in range(4)]))
         blocks = wigner_d(torch.from_numpy(back).to(rolled), self.network.config.bandwidth)
-        own = latent.reshape(1, *self.latent_shape)
-        mean = torch.cat([own, rotate(rolled.unflatten(1, self.latent_shape), blocks)]).mean(dim=0)
-        mean[0] = own[0, 0]
+        mean = rotate(rolled.unflatten(1, self.latent_shape), blocks).mean(dim=0)
+        mean[0] = latent.reshape(self.latent_shape)[0]
         return mean.flatten()
 
-    def _encode_batch(self, crops: Tensor) -> Tensor:
-        latents: Tensor = self.network(crops)
+    def _encode_batch(self, crops: Tensor, level: Tensor) -> Tensor:
+        latents: Tensor = self.network(crops, level)
         return latents
 
     def _predict_batch(self, latent: Tensor, rotations: Tensor) -> Tensor:
@@ -464,7 +468,7 @@ class PaperUNetPredictor(NetworkPredictor):
         """(channels, height, width) of the VAE's latent."""
         return self.network.config.latent_shape
 
-    def _encode_batch(self, crops: Tensor) -> Tensor:
+    def _encode_batch(self, crops: Tensor, level: Tensor) -> Tensor:
         return self.network.encode(crops)
 
     def _predict_batch(self, latent: Tensor, rotations: Tensor) -> Tensor:

@@ -125,6 +125,7 @@ def render_views(
     rotations: Array,
     crop_size: int,
     encode: Callable[[list[Crop]], Tensor],
+    gravity_object: Array | None = None,
     progress: Progress | None = None,
 ) -> RenderedViews:
     """Look at a mesh from all around.
@@ -134,6 +135,7 @@ def render_views(
         rotations: (V, 3, 3) R_camera_object.
         crop_size: side of a crop, pixels.
         encode: crops to latents (B, D).
+        gravity_object: (3,) direction of gravity (down) in the mesh's frame, if it is known; crops are level then.
         progress: called with the number of views done and their total.
     """
     from nope_ros.rendering.render import render
@@ -149,7 +151,8 @@ def render_views(
     for number, R in enumerate(rotations):
         view = render(unit, R, t, K, _RENDER_SIZE, _RENDER_SIZE)
         try:
-            crop = virtual_crop(Frame.from_arrays(view.rgb, view.mask, K), crop_size)
+            down = None if gravity_object is None else R @ gravity_object
+            crop = virtual_crop(Frame.from_arrays(view.rgb, view.mask, K), crop_size, down)
         except InputError:  # a sheet seen edge-on shows nothing to compare with
             crop = None
         if crop is not None:

@@ -12,7 +12,7 @@ Turning keeps norms, so NOPE's likelihood −‖F(e_r, ΔR) − e_q‖² (Nguyen
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 
@@ -39,7 +39,7 @@ class RotatedLatentConfig:
         sphere_blocks: residual blocks on the sphere after lifting.
     """
 
-    crop_size: int = 96
+    crop_size: int = 128
     widths: tuple[int, int, int] = (64, 128, 256)
     bandwidth: int = 8
     channels: int = 80
@@ -215,23 +215,34 @@ class CropUNet(nn.Module):
                 found[name] = _resampled(found[name], len(own[name]))
         return found
 
-    def features(self, crops: Tensor) -> Tensor:
-        """Features (B, features_out, S/4, S/4) of crops (B, 4, S, S)."""
-        x1 = self.encode1(self.stem(crops))
-        x2 = self.encode2(self.down2(x1))
-        x3 = self.encode3(self.down3(x2))
+    def features(self, crops: Tensor, told: Sequence[Tensor] | None = None) -> Tensor:
+        """Features (B, features_out, S/4, S/4) of crops (B, 4, S, S).
+
+        Args:
+            crops: see ``crops_to_tensor``.
+            told: added to what is seen, at 1/4, 1/8 and 1/16 of the input: (B, widths[n], 1, 1) each.
+        """
+        t1, t2, t3 = told if told is not None else (0.0, 0.0, 0.0)
+        x1 = self.encode1(self.stem(crops) + t1)
+        x2 = self.encode2(self.down2(x1) + t2)
+        x3 = self.encode3(self.down3(x2) + t3)
         features: Tensor = self.up1(self.decode2(self.up2(x3, x2)), x1)
         return features
 
 
 class RotatedLatentNetwork(CropUNet):
-    """Crop → latent: (B, 4, S, S) in −1..1 (RGB black outside the mask, and the mask) → (B, (L+1)², channels)."""
+    """Crop → latent: (B, 4, S, S) in −1..1 (RGB black outside the mask, and the mask) → (B, (L+1)², channels).
+
+    It is told which crops are level.
+    """
 
     basis: Tensor
 
     def __init__(self, config: RotatedLatentConfig) -> None:
         super().__init__(config.crop_size, config.widths)
         self.config = config
+        # A level crop may be read otherwise than one of any roll: its up is the object's.
+        self.level = nn.ParameterList([nn.Parameter(torch.zeros(width)) for width in config.widths])
         self.lift = nn.Conv2d(self.features_out, config.depths * config.lifted_channels, 1)
         basis = _ball_basis(config.crop_size // 4, config.depths, config.bandwidth)
         self.register_buffer("basis", torch.from_numpy(basis).float(), persistent=False)
@@ -249,9 +260,10 @@ class RotatedLatentNetwork(CropUNet):
                 found["mix.weight"] = found["mix.weight"] * (len(places) / len(found[name])) ** 0.5
         return found
 
-    def forward(self, crops: Tensor) -> Tensor:
-        """Latents (B, (L+1)², channels) of crops (B, 4, S, S)."""
-        lifted = self.lift(self.features(crops))
+    def forward(self, crops: Tensor, level: Tensor) -> Tensor:
+        """Latents (B, (L+1)², channels) of crops (B, 4, S, S), and of whether gravity removed the roll of each (B,)."""
+        one = level.to(crops)[:, None, None, None]
+        lifted = self.lift(self.features(crops, [one * learned[:, None, None] for learned in self.level]))
         batch = len(lifted)
         cells = lifted.reshape(batch, self.config.lifted_channels, -1)  # (B, C, depth·y·x)
         # Each row: one channel's cells, read by every (harmonic, bump).

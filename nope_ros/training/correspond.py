@@ -190,7 +190,7 @@ class Templates:
         size = (self.predictor.crop_size,) * 2
         if crops.shape[-2:] != size:
             crops = F.interpolate(crops.float(), size, mode="bilinear", antialias=True).round().byte()
-        return self.predictor.encode_pixels(crops)
+        return self.predictor.encode_pixels(crops, torch.zeros(len(crops), dtype=torch.bool))
 
     @in_full
     @torch.no_grad()

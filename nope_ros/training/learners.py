@@ -245,7 +245,7 @@ class RotatedLatentLearner(Learner[Batch]):
 
     def _latents(self, batch: Batch) -> Tensor:
         pixels = _pixels(batch.crops).contiguous(memory_format=torch.channels_last)
-        latents: Tensor = self.network(pixels).float().unflatten(0, batch.crops.shape[:2])
+        latents: Tensor = self.network(pixels, batch.level.flatten()).float().unflatten(0, batch.crops.shape[:2])
         return latents
 
     def _logits(self, latents: Tensor, batch: Batch, samples: Candidates) -> tuple[PairLogits, PairLogits]:

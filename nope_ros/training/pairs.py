@@ -10,7 +10,7 @@ import json
 import zipfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, ClassVar
 
@@ -41,6 +41,7 @@ class DataConfig(BaseModel):
     views_per_object: int = Field(default=6, gt=1)
     mesh_share: Share = 0.5  # of the objects in a batch; the rest are procedural
     upright_share: Share = 0.5  # of the objects have roll removed by gravity; the rest any roll
+    level_share: Share = 0.6  # of the other objects have one view that is level: gravity is known of it alone
     near_share: Share = 0.75  # of the views are drawn within near_deg of the first view's direction
     near_deg: float = Field(default=90.0, gt=0, le=180)
     # Objects with an asymmetry below symmetric_below are drawn this much as often.
@@ -51,15 +52,23 @@ class DataConfig(BaseModel):
 
 @dataclass(frozen=True)
 class Batch:
-    """Views (O, V, 4, S, S) uint8 with rotations R_virtual_object (O, V, 3, 3) float32; whose roll was removed (O,)."""
+    """Views of objects, V of each.
+
+    Attributes:
+        crops: (O, V, 4, S, S) uint8.
+        R_virtual_object: (O, V, 3, 3) float32.
+        upright: (O,) whether gravity removed the roll of all views of the object.
+        level: (O, V) whether it did of this view.
+    """
 
     crops: Tensor
     R_virtual_object: Tensor
     upright: Tensor
+    level: Tensor
 
     def to(self, device: torch.device) -> Batch:
         """The same on another device."""
-        return Batch(self.crops.to(device), self.R_virtual_object.to(device), self.upright.to(device))
+        return Batch(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
 def is_held_out(name: str, share: float = DataConfig.model_fields["validation_share"].default) -> bool:
@@ -167,10 +176,14 @@ class PairDataset(IterableDataset[Batch]):
         count = self.config.objects_per_batch
         chosen = rng.choice(len(self.probability), count, replace=False, p=self.probability)
         upright = rng.random(count) < self.config.upright_share
-        views = [self._views(index, bool(level), rng) for index, level in zip(chosen, upright, strict=True)]
+        count_views = self.config.views_per_object
+        one = np.arange(count_views) == rng.integers(count_views, size=(count, 1))
+        level = upright[:, None] | (one & (rng.random((count, 1)) < self.config.level_share))
+        views = [self._views(index, known, rng) for index, known in zip(chosen, level, strict=True)]
         crops = np.stack([[view.crop for view in row] for row in views])
         rotations = np.stack([[view.R_virtual_object for view in row] for row in views])
-        return Batch(torch.from_numpy(crops), torch.from_numpy(rotations).float(), torch.from_numpy(upright))
+        R = torch.from_numpy(rotations).float()
+        return Batch(torch.from_numpy(crops), R, torch.from_numpy(upright), torch.from_numpy(level))
 
     def _drawn(self, index: int, rng: np.random.Generator) -> NDArray[np.intp]:
         config, cache = self.config, self.cache
@@ -183,7 +196,7 @@ class PairDataset(IterableDataset[Batch]):
         rest = rng.choice(len(candidates), config.views_per_object - 1, replace=False, p=weight / weight.sum())
         return candidates[[first, *rest]]
 
-    def _views(self, index: int, upright: bool, rng: np.random.Generator) -> list[View]:
+    def _views(self, index: int, level: NDArray[np.bool_], rng: np.random.Generator) -> list[View]:
         cache = self.cache
         return [
             training_view(
@@ -191,11 +204,11 @@ class PairDataset(IterableDataset[Batch]):
                 cache.R[view],
                 cache.K[view],
                 size=self.size,
-                roll=None if upright else float(rng.uniform(-np.pi, np.pi)),
+                roll=None if known else float(rng.uniform(-np.pi, np.pi)),
                 config=self.augmentation,
                 rng=rng,
             )
-            for view in self._drawn(index, rng)
+            for view, known in zip(self._drawn(index, rng), level, strict=True)
         ]
 
     def priors(self, rng: np.random.Generator, objects: int = 2000) -> tuple[PairPrior, PairPrior]:
