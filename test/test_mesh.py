@@ -8,9 +8,10 @@ import torch
 import trimesh
 from rendered import photograph
 
+from nope_ros.crop import Crop
 from nope_ros.estimator import PoseEstimator, RegisteredObject
 from nope_ros.frame import Frame, InputError
-from nope_ros.mesh import read_mesh, view_rotations
+from nope_ros.mesh import read_mesh, render_views, view_rotations
 from nope_ros.rendering.mesh import Mesh
 from nope_ros.rendering.render import Lighting
 from nope_ros.rotations import exp, geodesic_distance, look_at
@@ -80,6 +81,23 @@ def test_views_surround_the_object_and_stand_as_it_does() -> None:
     axes = exp(np.random.default_rng(0).normal(size=(200, 3)))[:, 2]
     nearest = np.degrees(np.arccos(np.clip((axes @ R[:, 2].T).max(axis=1), -1, 1)))
     assert nearest.max() < 12
+
+
+def test_views_of_a_mesh_are_level_where_gravity_is_known(estimator: PoseEstimator, mesh_file: Path) -> None:
+    mesh, told = read_mesh(mesh_file), []
+
+    def encode(crops: list[Crop]) -> torch.Tensor:
+        told.extend(crop.roll_known for crop in crops)
+        return estimator.encode(crops)
+
+    every = view_rotations()
+    rotations = every[np.abs(every[:, 2, 2]) < 0.9][:8]
+    for gravity in (None, np.array([0.0, 0.0, -1.0])):
+        told.clear()
+        views = render_views(mesh, rotations, estimator.predictor.crop_size, encode, gravity)
+        assert told == [gravity is not None] * 8
+    up = views.R[:, :, 2]
+    np.testing.assert_allclose(np.arctan2(up[:, 0], -up[:, 1]), 0, atol=1e-6)
 
 
 def test_store_keeps_a_mesh_object(

@@ -199,6 +199,18 @@ def test_a_latent_of_any_roll_turns_with_its_crop() -> None:
     assert torch.equal(after[0, 0], own[1].reshape(predictor.latent_shape)[0]), "what tells objects apart is its own"
 
 
+def test_the_network_is_told_which_crops_are_level() -> None:
+    predictor = _rotated()
+    crop = _crops(1)[0]
+    level = replace(crop, roll_known=True)
+    one, other, again = predictor.encode([crop, level, crop])
+    assert torch.allclose(one, again, atol=1e-6) and not torch.allclose(one, other, atol=1e-2 * one.abs().max())
+    means = [
+        predictor.of_any_roll(latent, crop.image, crop.mask).reshape(predictor.latent_shape) for latent in (one, other)
+    ]
+    assert torch.equal(means[0][1:], means[1][1:]), "a level crop that is rolled is no longer level"
+
+
 def test_turning_keeps_the_norm() -> None:
     predictor = _rotated()
     latent = predictor.encode(_crops(1))[0]

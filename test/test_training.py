@@ -33,7 +33,7 @@ from nope_ros.training import train as module
 from nope_ros.training.augment import AugmentationConfig
 from nope_ros.training.correspond import CorrespondenceLearner
 from nope_ros.training.learners import relative
-from nope_ros.training.pairs import PairDataset
+from nope_ros.training.pairs import DataConfig, PairDataset
 from nope_ros.training.procedural import procedural_object
 from nope_ros.training.render_cache import Settings, build_cache
 from nope_ros.training.settings import CorrespondenceTraining, TrainingConfig, of_sizes, read_training, read_values
@@ -112,6 +112,20 @@ def test_the_loss_falls(kind, cache, tmp_path, monkeypatch):
         assert any("val_loss" in row for row in rows(folder))
 
 
+def test_views_are_told_level_where_gravity_removed_their_roll(cache):
+    """All of an upright object, at most one of another, and that one is as level as the others are not."""
+    config = DataConfig(cache=str(cache), objects_per_batch=6, views_per_object=4, mesh_share=0, validation_share=0)
+    dataset = PairDataset(config, None, 32, 0)
+    batches = [dataset.batch(np.random.default_rng(n)) for n in range(12)]
+    upright, level, R = (
+        torch.cat([getattr(b, name) for b in batches]) for name in ("upright", "level", "R_virtual_object")
+    )
+    assert level[upright].all() and set(level[~upright].sum(1).tolist()) == {0, 1}
+    roll = torch.atan2(R[..., 0, 2], R[..., 1, 2].neg()).abs().rad2deg()  # of the object's up in the image
+    seen = R[..., 2, 2].abs() < 0.95
+    assert roll[level & seen].max() < 1 and roll[~level & seen].median() > 45
+
+
 class Interrupted(Exception):
     pass
 
@@ -181,7 +195,8 @@ def test_weights_load(kind, cache, tmp_path):
     predictor = load_predictor(weights, device="cpu", dtype=torch.float32)
     assert isinstance(predictor, {"rotated_latent": RotatedLatentPredictor, "paper_unet": PaperUNetPredictor}[kind])
     size = predictor.crop_size
-    latent = predictor.encode_pixels(torch.randint(0, 256, (1, 4, size, size), dtype=torch.uint8))
+    crops = torch.randint(0, 256, (1, 4, size, size), dtype=torch.uint8)
+    latent = predictor.encode_pixels(crops, torch.tensor([False]))
     assert predictor.predict(latent[0], torch.eye(3)[None]).isfinite().all()
 
 
