@@ -91,7 +91,7 @@ class Refusal:
 
 
 class Walk:
-    """Collects the frames of a walk in the order in which they were taken; keeps crops only, some 40 kB a frame.
+    """Collects the frames of a walk in the order in which they were taken; keeps crops only, some 65 kB a frame.
 
     Args:
         crop_size: side of the predictor's crops, pixels.

@@ -142,7 +142,7 @@ def gather_evidence(
     prior: Prior,
     *,
     objects: int = 240,
-    queries: int = 8,
+    queries: int = 24,
     augmentation: AugmentationConfig = HARSHER,
     seed: int = 0,
     progress: bool = False,

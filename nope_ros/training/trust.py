@@ -193,9 +193,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def of(prior: Prior, **how: Any) -> list[Pair]:
         return gather(estimator, refiner, prior, given.meshes, **how)
 
+    # Objects from meshes have no procedural ones among them. There are twice as many meshes with twice as many queries:
+    # of a hundred queries, one more or less that became worse would decide how precise these poses are.
+    of_mesh: dict[str, Any] = {"mesh_templates": True, "count": 2 * given.count, "pairs": 2 * given.pairs}
     judged = {
         "with_image": [one for prior in PRIORS for one in of(prior, **anywhere)],
-        "with_mesh": of("free", mesh_templates=True, **size),
+        "with_mesh": of("free", **of_mesh),
     }
     counts = {name: fit_support(pairs) for name, pairs in judged.items()}
     old = refiner.weights
@@ -213,7 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "with_image": {prior: choose(of(prior, **weighed), given.harm) for prior in PRIORS},
         # Depth tells what gravity would; it is the same with it.
         "with_depth": {"free": choose(of("free", depth=True, **weighed), given.harm)},
-        "with_mesh": {"free": choose(of("free", mesh_templates=True, **weighed), given.harm)},
+        "with_mesh": {"free": choose(of("free", **of_mesh, spreads=SPREADS), given.harm)},
         # Of walks one mode is tried, and there is nothing that support could count for.
         "with_walk": {
             prior: choose([one for count in _WALKS for one in of(prior, keyframes=count, **weighed)], given.harm)
