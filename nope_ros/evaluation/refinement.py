@@ -693,9 +693,9 @@ _REASONS = {
     ),
     "tracking and refined, motion known: median": (
         "Tracking: on the bundled sequence one frame alone errs by 1 to 2° where gravity is known. What is left of "
-        "that after tracking is the same in all frames (with the object standing 0.1, 0.9 and 1.4° from three "
-        "references, beside 0.2 to 0.3° that changes from frame to frame): an error that comes with the one "
-        "reference, which no number of frames averages out."
+        "that after tracking is the same in all frames (with the object standing 0.5, 0.9 and 1.0° from three "
+        "references, beside 0.1 to 0.2° that changes from frame to frame): an error that comes with the one "
+        "reference, which no number of frames averages out. Dino begins up to 36° off and ends 2 to 5° off."
     ),
     "tracking and refined: rotation": (
         "Ellipsoids of tracked poses: how much frames tell anew was fitted on walks around held-out objects in "
