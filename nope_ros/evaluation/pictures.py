@@ -129,12 +129,14 @@ def _reliability_figure(scores: dict[str, list[PairScore]], title: str) -> Figur
     axes.set(
         xlabel="mass of the credible set, %",
         ylabel="truth is in it, % of pairs",
-        title=f"{title}: above the diagonal too modest,\nbelow it too sure",
+        title=title,
         xlim=(0, 100),
         ylim=(0, 100),
         aspect="equal",
     )
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="upper left")
+    axes.text(2, 74, "above the diagonal: too modest", color="0.4", fontsize="small")
+    axes.text(98, 4, "below it: too sure", color="0.4", fontsize="small", horizontalalignment="right")
     return figure
 
 
