@@ -176,7 +176,7 @@ def test_each_bad_frame_is_refused_with_its_reason(frames):
 
 
 def test_blur_and_wrong_masks_are_told_by_the_frames_next_to_them(estimator, frames):
-    walk = Walk(96)
+    walk = Walk(estimator.predictor.crop_size)
     textured = []
     rng = np.random.default_rng(0)
     for frame in frames:
