@@ -12,13 +12,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.optimize import minimize
 from torch import Tensor
 
 from nope_ros.harmonics import rotate, wigner_d
 from nope_ros.match import Turns, free_turns, view_weights
 from nope_ros.models.rotated_latent import correlation
 from nope_ros.prior import free_rotations, standing_rotations
-from nope_ros.rotations import exp, geodesic_distance, turn_to
+from nope_ros.rotations import exp, exp_jacobian, geodesic_distance, turn_to
+from nope_ros.synthesis import HarmonicObjective
 
 Array = NDArray[np.float64]
 
@@ -69,6 +71,7 @@ def average_rotations(
     first, each where those already placed explain it best together, the nearest most, as a query is against keyframes;
     and from time to time those placed before are asked again. This is done from several beginnings, and what explains
     itself best is kept. Views of a walk in order are moreover expected to differ little from the ones before and after.
+    At the end all views move together, to where all pairs are most probable.
 
     Args:
         latents: (N, (L+1)², C).
@@ -79,6 +82,7 @@ def average_rotations(
     count = len(latents)
     placing = _Placing.of(latents, gravity_virtual, temperature, ordered=ordered)
     rotations = max((placing.from_pair(pair) for pair in placing.surest_pairs(_BEGINNINGS)), key=lambda one: one[1])[0]
+    rotations = placing.reconciled(rotations)
     edge = placing.edges()
     angle = geodesic_distance(edge, rotations[:, None] @ np.swapaxes(rotations, -1, -2)[None])
     # What a view says of one that looked from elsewhere is no evidence against either.
@@ -176,6 +180,43 @@ class _Placing:
                 break
         return np.stack([self.level[i].T @ state.R[i] for i in range(count)]), state.explained()
 
+    def reconciled(self, rotations: Array) -> Array:
+        """All of (N, 3, 3), common frame to virtual cameras, moved to where all pairs together are likeliest.
+
+        Of a thing that looks much the same from side to side every step is taken for smaller than it was, and a whole
+        round comes out as three quarters of one: each view is placed by those near it, which hardly tell. Those from
+        farther apart do, each a little, and there are many of them. They only move together, as steps add up.
+        """
+        count, axes = len(rotations), self.axes
+        i, j = np.triu_indices(count, 1)
+        products = correlation(self.latents[i], self.latents[j]).double().cpu() / self.temperature
+        likelihood = HarmonicObjective(products, _bandwidth(self.latents))
+        start = self.level @ rotations
+
+        def placed(steps: Array) -> tuple[Array, Array]:
+            vectors = steps.reshape(count, len(axes)) @ axes
+            return vectors, exp(vectors) @ start
+
+        def falling(steps: Array) -> tuple[float, Array]:
+            vectors, R = placed(steps)
+            relative = R[i] @ np.swapaxes(R[j], 1, 2)
+            at = likelihood(relative)
+            slope = np.zeros((count, 3))
+            np.add.at(slope, i, at.gradient)
+            # exp(ω) before the first of a pair is exp(−ω) behind its relative rotation.
+            np.subtract.at(slope, j, np.einsum("pki,pk->pi", relative, at.gradient))
+            slope = np.einsum("nki,nk->ni", exp_jacobian(vectors), slope) @ axes.T
+            return -float(at.value.sum()) / count, -slope.ravel() / count
+
+        found = minimize(falling, np.zeros(count * len(axes)), jac=True, method="L-BFGS-B", options={"maxiter": 100})
+        together: Array = np.swapaxes(self.level, 1, 2) @ placed(found.x)[1]
+        return together
+
+    @property
+    def axes(self) -> Array:
+        """(A, 3) about which a view may turn."""
+        return np.array([[0.0, 0.0, 1.0]]) if len(self.grid) < len(free_rotations()) else np.eye(3)
+
     def edges(self) -> Array:
         """The relative rotation (N, N, 3, 3), from j to i, that each pair alone believes in most."""
         count = len(self.latents)
@@ -260,8 +301,7 @@ class _Placed:
         placing = self.placing
         others = [one for one in self.views if one != view]
         both = correlation(placing.latents[view].expand(len(others), -1, -1), self.turned[others])
-        z = np.array([[0.0, 0.0, 1.0]])
-        axes = np.concatenate([z, -z]) if len(placing.grid) < 100 else np.concatenate([np.eye(3), -np.eye(3)])
+        axes = np.concatenate([placing.axes, -placing.axes])
         for step in np.radians([6.0, 3.0]):
             for _ in range(2):
                 candidates = np.concatenate([R[None], exp(step * axes) @ R])

@@ -43,6 +43,18 @@ def log(R: Array) -> Array:
     return Rotation.from_matrix(R.reshape(-1, 3, 3)).as_rotvec().reshape(*R.shape[:-2], 3)
 
 
+def exp_jacobian(rotation_vector: Array) -> Array:
+    """J (..., 3, 3) of rotation vectors v (..., 3), radians: exp(v + δ) = exp(J δ) exp(v) to first order in δ."""
+    angle = np.linalg.norm(rotation_vector, axis=-1)[..., None, None]
+    axis = (rotation_vector / np.maximum(angle[..., 0], 1e-12))[..., None, :]
+    along = np.swapaxes(axis, -1, -2) * axis
+    across = np.cross(np.eye(3), axis)  # rows e_i × axis: the matrix that takes x to axis × x
+    kept = np.sinc(angle / np.pi)  # sin θ / θ
+    turned = np.sin(angle / 2) * np.sinc(angle / (2 * np.pi))  # (1 − cos θ) / θ
+    jacobian: Array = kept * np.eye(3) + (1 - kept) * along + turned * across
+    return jacobian
+
+
 def turn_to(ray: Array) -> Array:
     """Rotation R_virtual_camera (3, 3) of a camera turned to look along a ray (3,), camera axes.
 

@@ -11,6 +11,7 @@ from scipy.spatial.transform import Rotation
 from nope_ros.harmonics import degree_slices, rotate, spherical_harmonics, wigner_d
 from nope_ros.rotations import (
     exp,
+    exp_jacobian,
     geodesic_distance,
     icosphere,
     log,
@@ -30,6 +31,14 @@ many = settings(max_examples=100, deadline=None)
 @given(st.one_of(rotation_vectors, small_vectors))
 def test_log_undoes_exp(vector):
     np.testing.assert_allclose(log(exp(vector)), vector, atol=1e-9)
+
+
+@many
+@given(st.one_of(rotation_vectors, small_vectors, st.just(np.zeros(3))), rotation_vectors)
+def test_the_jacobian_of_exp_is_what_a_small_change_does(vector, change):
+    step = 1e-5 * change
+    turned = log(exp(vector + step) @ exp(vector - step).T) / 2
+    np.testing.assert_allclose(exp_jacobian(vector) @ step, turned, atol=1e-12)
 
 
 @many

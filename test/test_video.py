@@ -277,6 +277,23 @@ def test_the_order_of_a_walk_tells_half_turns_apart():
         assert found.agreeing.min() >= 0.25
 
 
+@pytest.mark.parametrize("level", [False, True])
+def test_a_walk_closes_though_every_step_looks_smaller_than_it_was(level):
+    """What stays with the camera, as its light does, pulls views near each other together; those farther apart know."""
+    rng = np.random.default_rng(1)
+    thing, light = torch.from_numpy(rng.normal(size=(2, 1, 81, 8))).float()
+    start = look_at(np.array([1.0, 0, 0.6]))
+    R = np.stack([start @ exp(np.array([0, 0, angle])) for angle in np.radians(15.0 * np.arange(24))])
+    latents = rotate(thing.expand(24, -1, -1), wigner_d(torch.from_numpy(R).float(), 8)) + 0.8 * light
+    latents = latents + 0.5 * torch.from_numpy(rng.normal(size=latents.shape)).float()
+    gravity = list(-R[:, :, 2]) if level else [None] * 24
+    found = average_rotations(latents, gravity, temperature=40.0, ordered=True)
+    errors = geodesic_distance(
+        found.rotations[:, None] @ np.swapaxes(found.rotations, 1, 2), R[:, None] @ np.swapaxes(R, 1, 2)
+    )
+    assert np.degrees(errors).max() < 6  # 10 to 14 by those near each other alone
+
+
 def test_views_agree_on_the_rotation_that_all_of_them_show(estimator):
     predictor = estimator.predictor
     rng = np.random.default_rng(3)
