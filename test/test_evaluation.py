@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import trimesh
 from rendered import cuboid, joined
 from scipy.spatial.transform import Rotation
 
@@ -33,7 +34,7 @@ from nope_ros.evaluation.baselines import (
 )
 from nope_ros.evaluation.bop import bop_set
 from nope_ros.evaluation.identity import IdentityReport
-from nope_ros.evaluation.meshes import FIRST_UNSEEN_SEED, mesh_set, procedural_set, random_camera
+from nope_ros.evaluation.meshes import FIRST_UNSEEN_SEED, mesh_set, procedural_set, random_camera, walked_cameras
 from nope_ros.evaluation.metrics import Calibration, PairScore, Scores, calibration, reliability
 from nope_ros.evaluation.photos import photo_set
 from nope_ros.evaluation.pictures import _confidence_figure
@@ -436,6 +437,22 @@ def test_random_cameras_see_the_whole_object(level):
     assert (np.abs(rolls).max() < 120) == level
 
 
+def test_a_walk_goes_once_around_the_whole_object():
+    ball = Rotation.random(400, rng=np.random.default_rng(0)).as_matrix()[:, 0]
+    for seed in range(8):
+        cameras = walked_cameras(np.random.default_rng(seed), 36)
+        for R, t, K_here in cameras:
+            pixels = (ball @ R.T + t) @ K_here.T
+            pixels = pixels[:, :2] / pixels[:, 2:]
+            assert (pixels >= 0).all() and (pixels <= [639, 479]).all()
+            assert abs(np.degrees(np.arctan2(-R[0, 2], -R[1, 2]))) < 20, "held about level"
+        directions = np.stack([-R.T @ t / np.linalg.norm(t) for R, t, _ in cameras])
+        azimuths = np.unwrap(np.arctan2(directions[:, 1], directions[:, 0]))
+        assert np.degrees(np.diff(azimuths)) == pytest.approx(10, abs=8)
+        assert np.degrees(azimuths[-1] - azimuths[0]) == pytest.approx(350, abs=10)
+        assert (directions[:, 2] > -0.1).all() and np.ptp(directions[:, 2]) > 0.1
+
+
 @pytest.mark.parametrize("prior", ["upright", "standing"])
 def test_truth_is_among_the_rotations_that_a_level_camera_allows(prior):
     """Gravity, roll and elevation mean the same to the test set and to the estimator's prior."""
@@ -681,6 +698,27 @@ def test_which_axis_of_a_bop_world_is_up(tmp_path, capsys):
 
 
 # --- Renders --------------------------------------------------------------------------------------------------------
+
+
+def test_the_light_stays_while_one_walks_around_a_mesh(tmp_path):
+    ball = trimesh.creation.icosphere(subdivisions=3)
+    ball.vertices *= [1.0, 0.9, 0.7]  # fewer turns to try than of a sphere
+    ball.visual.vertex_colors = np.full((len(ball.vertices), 4), 200, np.uint8)
+    (tmp_path / "meshes").mkdir()
+    ball.export(tmp_path / "meshes/ball.ply")
+    options = {"walked": True, "views": 12, "cache": tmp_path / "symmetry.json"}
+    free, level = mesh_set(tmp_path / "meshes", 1, **options).objects()
+    assert (free.protocols, level.protocols) == (("free",), ("upright", "standing"))
+    images = [(view.read().image, view.read().mask) for view in level.views]
+    assert all((view.read().image == image).all() for view, (image, _) in zip(free.views, images, strict=True))
+    brighter = []  # how far to the right of its middle the ball is brighter, in parts of its width
+    for image, mask in images:
+        columns = np.nonzero(mask)[1]
+        brightness = image[mask > 0].astype(float).sum(1)
+        brighter.append(((columns * brightness).sum() / brightness.sum() - columns.mean()) / np.ptp(columns))
+    assert np.abs(brighter).max() > 0.02
+    # From the other side, what was bright on the right is bright on the left.
+    assert np.corrcoef(brighter[:6], brighter[6:])[0, 1] < -0.8
 
 
 def test_meshes_are_rendered_for_each_protocol(tmp_path, estimator):

@@ -360,6 +360,11 @@ def test_evaluation_keeps_keyframes_and_queries_apart(estimator, tmp_path):
         assert 0 < values[method]["translation_relative_median"] < 0.2, "the walk's origin, against the true one"
     estimated = evaluate_walks(found, estimator, ("free",), keyframes=5, poses="estimated")
     assert estimated.to_dict()["video"]["translation_relative_median"] is None, "its origin is known by nobody"
+    ordered = evaluate_walks(found, estimator, ("free",), keyframes=5, ordered=True)
+    walked = {score.reference for score in ordered.scores if score.method == "single"}
+    asked = {score.query for score in ordered.scores}
+    assert asked in ({str(index) for index in range(start, len(ROUND), 2)} for start in (0, 1)), "every other view"
+    assert not walked & asked
 
 
 # --- the command ----------------------------------------------------------------------------------------------------

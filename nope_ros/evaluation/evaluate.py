@@ -61,6 +61,7 @@ Array = NDArray[np.float64]
 
 SUBSETS = ("all", "within_90")
 _TABLE_WIDTH = 160
+_AROUND = 72  # views of a mesh from once around it
 
 
 @dataclass(frozen=True)
@@ -489,7 +490,9 @@ def add_walk_arguments(parser: argparse.ArgumentParser) -> None:
         "--pose-noise", type=float, default=0.0, metavar="DEG", help="by which every camera is turned (%(default)s)"
     )
     parser.add_argument(
-        "--ordered", action="store_true", help="images are in the order in which they were taken, by little steps"
+        "--ordered",
+        action="store_true",
+        help="views are in the order in which they were taken, by little steps; of meshes: once around",
     )
     parser.add_argument("--protocol", action="append", choices=(*PRIORS, "all"), help="may be repeated (all)")
     parser.add_argument("--queries", type=int, help="most queries of an object")
@@ -526,7 +529,10 @@ def run_walks(args: argparse.Namespace, progress: bool = True) -> WalkReport:
         from nope_ros.evaluation.meshes import mesh_set
 
         views = args.keyframes + max(args.queries or 0, args.keyframes)
-        found = mesh_set(args.dir, args.seed, protocols=protocols, objects=args.objects, views=views, cache=args.cache)
+        if args.ordered:  # half of them are walked
+            views = max(_AROUND, 2 * args.keyframes, 2 * (args.queries or 0))
+        options = {"protocols": protocols, "objects": args.objects, "cache": args.cache}
+        found = mesh_set(args.dir, args.seed, views=views, walked=args.ordered, **options)
     return evaluate_walks(
         found,
         PoseEstimator.from_pretrained(args.predictor, device=args.device, refinement=args.refinement),

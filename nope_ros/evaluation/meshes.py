@@ -2,12 +2,14 @@
 
 Cameras are drawn for what a protocol allows: any direction and any roll for ``free``; above the object's horizon, held
 about level, for ``upright`` and ``standing``. The object stands anywhere in the image, under light that is new in every
-view. Masks are true, so what is behind the object does not matter.
+view. Or somebody walks once around it under a light that stays. Masks are true, so what is behind the object does not
+matter.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -39,7 +41,10 @@ _DISTANCE = (2.5, 8.0)  # object radii
 _ROLL_SIGMA = np.radians(10.0)
 _VIEWS = 16
 _REFERENCES = 4
+_HARDLY_SEEN = "is hardly to be seen from anywhere; is the mesh empty, or a line?"
 _MARGIN = 4  # pixels between object and image border
+_Placement = Callable[[Mesh, Finish, int, str, str, int, bool], tuple[View, ...]]
+"""Views of an object: its mesh and finish, the seed, its name, what views are for, how many, and whether with depth."""
 RADIUS_WITH_DEPTH = 0.1
 """Metres, of objects that a depth camera sees, as its noise is in metres; else one, and no unit."""
 
@@ -56,6 +61,7 @@ def mesh_set(
     cache: Path | None = None,
     depth: bool = False,
     up: str | None = None,
+    walked: bool = False,
 ) -> EvaluationSet:
     """Renders of the meshes in a folder and its subfolders.
 
@@ -72,6 +78,7 @@ def mesh_set(
         cache: file of symmetries found before.
         depth: whether frames hold the depth that a depth camera would have measured.
         up: axis that points up in all the files, of ``rendering.mesh.UP_AXES``; by default as their folders say.
+        walked: whether views are from once around the object, in order, under every protocol the same.
 
     Raises:
         InputError: if there are no meshes, or one named is missing.
@@ -85,7 +92,10 @@ def mesh_set(
             raise InputError(f"meshes: {folder} has no object {', '.join(missing)}; it has {', '.join(paths)}")
         paths = {key: path for key, path in paths.items() if any(_is_named(key, name) for name in objects)}
     sources = {name: partial(usable_mesh, path, up) for name, path in paths.items()}
-    load = partial(_objects, sources, seed, tuple(protocols), references, views, pairs, SymmetryCache(cache), depth)
+    place = _around if walked else _anywhere
+    load = partial(
+        _objects, sources, seed, tuple(protocols), references, views, pairs, SymmetryCache(cache), depth, place
+    )
     return EvaluationSet("meshes", str(folder), len(sources) * len(_groups(tuple(protocols))), load)
 
 
@@ -103,7 +113,8 @@ def procedural_set(
     """Renders of procedural objects that training never draws; arguments as of ``mesh_set``."""
     first = FIRST_UNSEEN_SEED + seed * count
     sources = {f"procedural/{number}": partial(procedural_object, number) for number in range(first, first + count)}
-    load = partial(_objects, sources, seed, tuple(protocols), references, views, pairs, SymmetryCache(cache), depth)
+    known = SymmetryCache(cache)
+    load = partial(_objects, sources, seed, tuple(protocols), references, views, pairs, known, depth, _anywhere)
     source = f"seeds {first}..{first + count - 1}"
     return EvaluationSet("procedural", source, count * len(_groups(tuple(protocols))), load)
 
@@ -128,6 +139,7 @@ def _objects(
     pairs: int | None,
     cache: SymmetryCache,
     depth: bool,
+    place: _Placement,
 ) -> Iterator[EvaluationObject]:
     for name, load in sources.items():
         try:
@@ -140,7 +152,7 @@ def _objects(
         for group in _groups(protocols):
             kind = "free" if group == ("free",) else "level"
             try:
-                seen = tuple(_view(mesh, finish, seed, name, kind, number, depth) for number in range(views))
+                seen = place(mesh, finish, seed, name, kind, views, depth)
             except InputError as error:
                 yield unusable(name, error, group)
                 continue
@@ -176,18 +188,44 @@ def unusable(name: str, error: InputError, protocols: tuple[Prior, ...]) -> Eval
     return EvaluationObject(name, (view, view), ((0, 1),), protocols)
 
 
-def _view(mesh: Mesh, finish: Finish, seed: int, name: str, kind: str, number: int, depth: bool) -> View:
-    rng = generator(seed, name, kind, str(number))
-    for _ in range(20):
-        R, t, K = random_camera(rng, level=kind == "level")
-        light_seed = int(rng.integers(2**32))
+def _anywhere(mesh: Mesh, finish: Finish, seed: int, name: str, kind: str, count: int, depth: bool) -> tuple[View, ...]:
+    views = []
+    for number in range(count):
+        rng = generator(seed, name, kind, str(number))
+        for _ in range(20):
+            R, t, K = random_camera(rng, level=kind == "level")
+            light_seed = int(rng.integers(2**32))
+            try:
+                _photograph(mesh, finish, R, t, K, light_seed)
+            except InputError:  # a fork seen end-on has no outline to speak of
+                continue
+            read = partial(_photograph, mesh, finish, R, t, K, light_seed, depth=depth)
+            views.append(_view(f"{kind}/{number}", R, t, read, depth))
+            break
+        else:
+            raise InputError(_HARDLY_SEEN)
+    return tuple(views)
+
+
+def _around(mesh: Mesh, finish: Finish, seed: int, name: str, kind: str, count: int, depth: bool) -> tuple[View, ...]:
+    rng = generator(seed, name, "walk")
+    cameras = walked_cameras(rng, count)
+    light_seed = int(rng.integers(2**32))
+    views = []
+    for number, (R, t, K) in enumerate(cameras):
         try:
-            _photograph(mesh, finish, R, t, K, light_seed)
-        except InputError:  # a fork seen end-on has no outline to speak of
+            _photograph(mesh, finish, R, t, K, light_seed, cameras[0][0])
+        except InputError:
             continue
-        read = partial(_photograph, mesh, finish, R, t, K, light_seed, depth)
-        return View(f"{kind}/{number}", R, t * (RADIUS_WITH_DEPTH if depth else 1.0), -R[:, 2], read)
-    raise InputError("is hardly to be seen from anywhere; is the mesh empty, or a line?")
+        read = partial(_photograph, mesh, finish, R, t, K, light_seed, cameras[0][0], depth)
+        views.append(_view(f"{kind}/{number}", R, t, read, depth))
+    if len(views) < count / 2:
+        raise InputError(_HARDLY_SEEN)
+    return tuple(views)
+
+
+def _view(name: str, R: Array, t: Array, read: Callable[[], Frame], depth: bool) -> View:
+    return View(name, R, t * (RADIUS_WITH_DEPTH if depth else 1.0), -R[:, 2], read)
 
 
 def random_camera(rng: Generator, *, level: bool) -> tuple[Array, Array, Array]:
@@ -220,6 +258,28 @@ def random_camera(rng: Generator, *, level: bool) -> tuple[Array, Array, Array]:
     return R, distance * ray, K
 
 
+def walked_cameras(rng: Generator, count: int) -> list[tuple[Array, Array, Array]]:
+    """Cameras once around an object of radius one, by even steps, as ``random_camera`` gives one.
+
+    Held by hand: up and down in a slow wave, a little nearer and farther, the object about in the image's middle.
+    """
+    focal = rng.uniform(*_FOCAL)
+    K = np.array([[focal, 0, (_WIDTH - 1) / 2], [0, focal, (_HEIGHT - 1) / 2], [0, 0, 1.0]])
+    elevation, wave = np.radians([rng.uniform(15, 45), rng.uniform(5, 20)])
+    phase, start = rng.uniform(-np.pi, np.pi, 2)
+    nearest = max(_DISTANCE[0], 1.25 * np.hypot(1, focal / (_HEIGHT / 2 - _MARGIN)))
+    distance = rng.uniform(nearest, max(_DISTANCE[1], nearest))
+    cameras = []
+    for azimuth in start + np.arange(count) * 2 * np.pi / count:
+        azimuth += rng.normal(0, 0.03)
+        height = elevation + wave * np.sin(azimuth + phase)
+        flat = np.cos(height)
+        direction = np.array([flat * np.cos(azimuth), flat * np.sin(azimuth), np.sin(height)])
+        R = exp(rng.normal(0, [0.03, 0.03, 0.05])) @ look_at(direction)
+        cameras.append((R, -R @ direction * distance * rng.uniform(0.95, 1.05), K))
+    return cameras
+
+
 def _fits(centre: Array, K: Array) -> bool:
     # The unit sphere lies inside the four planes through the camera and the image's sides.
     corners = np.array([[_MARGIN, 0], [_WIDTH - 1 - _MARGIN, 0], [0, _MARGIN], [0, _HEIGHT - 1 - _MARGIN]], dtype=float)
@@ -235,10 +295,23 @@ def _fits(centre: Array, K: Array) -> bool:
 
 
 def _photograph(
-    mesh: Mesh, finish: Finish, R: Array, t: Array, K: Array, light_seed: int, depth: bool = False
+    mesh: Mesh,
+    finish: Finish,
+    R: Array,
+    t: Array,
+    K: Array,
+    light_seed: int,
+    R_light_object: Array | None = None,
+    depth: bool = False,
 ) -> Frame:
+    # R_light_object: of the camera for which the light is drawn, that then stays where it is; else for this one.
     rng = np.random.default_rng(light_seed)
-    lighting = random_lighting(rng, R, finish)
+    lighting = random_lighting(rng, R if R_light_object is None else R_light_object, finish)
+    if R_light_object is not None:
+        R_camera_light = R @ R_light_object.T
+        x, y, z = R[:, 2].tolist()
+        directions = (lighting.directions @ R_camera_light.T).astype(np.float32)
+        lighting = replace(lighting, directions=directions, up=(x, y, z))
     behind = np.full(3, rng.integers(40, 200), np.uint8)
     view = render(mesh, R, t, K, _WIDTH, _HEIGHT, lighting=lighting, background=behind)
     measured = None

@@ -1,8 +1,9 @@
 """What a walk around an object is worth: the same queries against one reference, and against keyframes.
 
-Of each object's views, keyframes are those farthest from each other by direction; all others are queries, which neither
-side has seen. ``single`` has one of the keyframes, drawn anew for each query; ``video`` has all of them, with the poses
-of their cameras but nothing of the object: origin and axes are found by registration.
+Of each object's views, the walk has those farthest from each other by direction, or, where views are in the order in
+which they were taken, every other one; all others are queries, which neither side has seen. ``single`` has one of the
+walk's views, drawn anew for each query; ``video`` has all of them, with the poses of their cameras but nothing of the
+object: origin and axes are found by registration.
 """
 
 from __future__ import annotations
@@ -186,7 +187,8 @@ def evaluate_walks(
         queries: of each object, at most.
         poses: whether registration is given the cameras' poses.
         pose_noise_deg: every camera is turned by this angle about an axis of its own before registration.
-        ordered: whether views come as they were taken, by little steps, which registration is then told.
+        ordered: whether views come as they were taken, by little steps. Every other one is then walked, registration is
+            told so, and chooses its keyframes itself.
         pictures: folder for ``walk_<object>_<protocol>.png``: what one view and what all make of the query that looks
             from farthest from its single reference.
         progress: shows how far it is.
@@ -262,11 +264,7 @@ class _Walked:
     ) -> _Walked:
         views = evaluated.views
         first = int(rng.integers(len(views)))
-        order = np.roll(np.arange(len(views)), -first)
-        directions = np.stack([views[index].direction for index in order])
-        chosen = [int(order[index]) for index in farthest(directions, min(keyframes, len(views) // 2))]
-        # In the order of the recording, but from the one drawn: its yaw is the object's.
-        chosen = sorted(chosen) if ordered else [chosen[0], *sorted(chosen[1:])]
+        chosen = list(range(first % 2, len(views), 2)) if ordered else _spread(views, first, keyframes)
         frames = {index: views[index].read() for index in chosen}
         begin = time.perf_counter()
         walk = Walk(estimator.predictor.crop_size, ordered=ordered)
@@ -403,6 +401,14 @@ def _noisy(view: View, noise_deg: float, rng: Generator) -> tuple[Array, Array]:
     axis = rng.normal(size=3)
     turn = exp(np.radians(noise_deg) * axis / np.linalg.norm(axis))
     return turn @ view.R_camera_object, turn @ view.t_camera_object
+
+
+def _spread(views: Sequence[View], first: int, count: int) -> list[int]:
+    # Those farthest from each other, at most half of all; the one drawn comes first, as its yaw is the object's.
+    order = [*range(first, len(views)), *range(first)]
+    directions = np.stack([views[index].direction for index in order])
+    chosen = [order[index] for index in farthest(directions, min(count, len(views) // 2))]
+    return [chosen[0], *sorted(chosen[1:])]
 
 
 def _chordal_median(rotations: Array) -> Array:
