@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from scipy.spatial.transform import Rotation
 from torch import Tensor
 
+from nope_ros.crop import rolled
 from nope_ros.depth import Fit, fit, sampled
 from nope_ros.distribution import Mode, RotationDistribution
 from nope_ros.latent import (
@@ -657,13 +658,3 @@ def _reordered(modes: Sequence[Mode], log_weight: Array, best: Mode) -> tuple[Mo
     mass = mass * np.exp(log_weight) / (1 + (mass * np.expm1(log_weight)).sum())
     weighed_anew = [Mode(mode.R, float(share)) for mode, share in zip(modes, mass, strict=True)]
     return tuple(sorted(weighed_anew, key=lambda mode: (mode.R is not best.R, -mode.probability)))
-
-
-def rolled(rgba: NDArray[np.uint8], roll: float) -> NDArray[np.uint8]:
-    """A crop (S, S, 4) as its virtual camera sees it after a roll: content turns by ``roll`` from x towards y."""
-    middle = (rgba.shape[0] - 1) / 2
-    cosine, sine = np.cos(roll), np.sin(roll)
-    turn = np.array([[cosine, -sine], [sine, cosine]])
-    shift = middle - turn @ [middle, middle]
-    turned: NDArray[np.uint8] = cv2.warpAffine(rgba, np.column_stack([turn, shift]), rgba.shape[:2])
-    return turned

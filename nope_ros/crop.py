@@ -168,6 +168,16 @@ def depth_through(depth: NDArray[np.floating], K: Array, camera: VirtualCamera |
     return found
 
 
+def rolled(crop: NDArray[np.uint8], roll: float) -> NDArray[np.uint8]:
+    """A crop (S, S, ...) as its virtual camera sees it after a roll: content turns by ``roll`` from x towards y."""
+    middle = (crop.shape[0] - 1) / 2
+    cosine, sine = np.cos(roll), np.sin(roll)
+    turn = np.array([[cosine, -sine], [sine, cosine]])
+    shift = middle - turn @ [middle, middle]
+    turned: NDArray[np.uint8] = cv2.warpAffine(crop, np.column_stack([turn, shift]), crop.shape[:2])
+    return turned
+
+
 def virtual_crop(frame: Frame, size: int, gravity_camera: Array | None = None) -> Crop:
     """Look at the frame's object.
 

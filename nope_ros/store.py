@@ -118,7 +118,7 @@ class ObjectStore:
                 "give each node a folder of its own (storage.directory)"
             )
         temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        content = _content(registered)
+        content = save(*_parts(registered))
         afterwards = "an older object of that name will be back" if path.exists() else "it will be gone"
         if len(content) > _LARGEST_FILE:
             raise StoreError(
@@ -241,8 +241,13 @@ class ObjectStore:
             raise StoreError(f"storage: {path} is incomplete ({error}); register the object again") from None
 
 
-def _content(registered: RegisteredObject) -> bytes:
-    """An object as a file holds it."""
+def fingerprint(registered: RegisteredObject) -> str:
+    """What differs for any two objects that are not registered alike."""
+    return _parts(registered)[1]["checksum"]
+
+
+def _parts(registered: RegisteredObject) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """An object as a file holds it: tensors, and what is said about them."""
     reference = registered.reference
     tensors = {
         "latent": registered.latent.detach().float().cpu().contiguous(),
@@ -281,8 +286,7 @@ def _content(registered: RegisteredObject) -> bytes:
         }
         metadata["keyframes"] = json.dumps(about)
     metadata["checksum"] = _checksum(tensors, metadata)
-    written: bytes = save(tensors, metadata)
-    return written
+    return tensors, metadata
 
 
 _Signature = tuple[int, int, int]

@@ -26,7 +26,7 @@ from scipy.special import logsumexp
 from torch import Tensor
 
 from nope_ros.averaging import average_rotations
-from nope_ros.crop import Crop, roll_of_gravity, virtual_crop
+from nope_ros.crop import Crop, roll_of_gravity, rolled, virtual_crop
 from nope_ros.frame import Frame, InputError
 from nope_ros.latent import Predictor, RotatedLatentPredictor
 from nope_ros.match import ViewsBank
@@ -50,6 +50,7 @@ _NOTHING_NEW = np.radians(5.0)
 _SECOND_PIECE = 0.25
 # Relative to the median of its neighbours: a blurred view's detail, a wrong mask's size.
 _BLURRED = 0.45
+_BLURRED_BEYOND_ALL = 0.2
 _SIZE_JUMP = 1.8
 _NEIGHBOURS = 4
 _NEAR = np.radians(35.0)
@@ -322,7 +323,7 @@ def plan_keyframes(
     oriented = _oriented_by_poses(walk, report) if given else _oriented_by_images(walk, encode, predictor, report)
     views, rotations = list(oriented.views), oriented.rotations
     R_virtual = np.stack([view.crop.R_virtual_camera for view in views]) @ rotations  # of the fixed frame
-    chosen = farthest(-R_virtual[:, 2], count, np.array([view.sharpness for view in views]))
+    chosen = farthest(-R_virtual[:, 2], count, np.array([_crispness(view) for view in views]))
     if len(chosen) < FEWEST:
         directions = "1 direction" if len(chosen) == 1 else f"{len(chosen)} directions"
         raise InputError(
@@ -436,7 +437,7 @@ def _oriented_by_poses(walk: Walk, report: Callable[[str], None]) -> _Oriented:
     posed = [view for view in walk.views if view.pose is not None]
     unposed = [Refusal(view.name, "no camera pose is known for it") for view in walk.views if view.pose is None]
     report("looking for blurred frames and wrong masks")
-    views, outliers = _without_outliers(posed, given=True)
+    views, outliers = _without_outliers(posed, given=True, ordered=walk.ordered)
     refused = [*walk.refused, *unposed, *outliers]
     _check_enough(views, refused, walk)
     oriented = _met(views, refused)
@@ -447,7 +448,7 @@ def _oriented_by_poses(walk: Walk, report: Callable[[str], None]) -> _Oriented:
 def _oriented_by_images(walk: Walk, encode: Encode, predictor: Predictor, report: Callable[[str], None]) -> _Oriented:
     """Rotations from a common frame, made of what the images say about each pair of views."""
     report("looking for blurred frames and wrong masks")
-    views, outliers = _without_outliers(walk.views, given=False)
+    views, outliers = _without_outliers(walk.views, given=False, ordered=walk.ordered)
     refused = [*walk.refused, *outliers]
     _check_enough(views, refused, walk)
     if not isinstance(predictor, RotatedLatentPredictor):
@@ -505,16 +506,19 @@ def _gravity_virtual(view: View) -> Array | None:
     return None if view.gravity_camera is None else view.crop.R_virtual_camera @ view.gravity_camera
 
 
-def _without_outliers(views: Sequence[View], given: bool) -> tuple[list[View], list[Refusal]]:
+def _without_outliers(views: Sequence[View], *, given: bool, ordered: bool) -> tuple[list[View], list[Refusal]]:
     """Views that are neither blurred nor of another size than those taken next to them, or from about there; the rest.
 
     Args:
         views: all with a pose, if poses are given.
         given: whether they are; views from about the same place then count as next to each other.
+        ordered: whether views are as they were taken. If neither, none is known to be next to another: sides may well
+            differ in size, and only what is blurred beyond all the others is refused.
     """
     count = len(views)
     order = np.arange(count)
-    beside = near = np.abs(order[:, None] - order) <= _NEIGHBOURS
+    beside = near = np.abs(order[:, None] - order) <= (_NEIGHBOURS if ordered else 0)
+    blurred, others = _BLURRED, "the frames next to it"
     size = np.array([view.crop.angular_radius for view in views])
     if given:
         forward = np.stack([view.crop.R_virtual_camera[2] @ _pose(view)[0] for view in views])
@@ -530,6 +534,9 @@ def _without_outliers(views: Sequence[View], given: bool) -> tuple[list[View], l
             )
         middle = meeting_point(centres, forward)[0]
         size = size * np.linalg.norm(centres - middle, axis=1)
+    elif not ordered:
+        beside = np.ones((count, count), dtype=bool)
+        blurred, others = _BLURRED_BEYOND_ALL, "the other frames"
     beside, near = (one & ~np.eye(count, dtype=bool) for one in (beside, near))
     detail = np.array([view.sharpness for view in views])
     kept, refused = [], []
@@ -537,8 +544,8 @@ def _without_outliers(views: Sequence[View], given: bool) -> tuple[list[View], l
         if beside[index].sum() >= 3:
             usual = float(np.median(detail[beside[index]]))
             share = detail[index] / usual if 0 < usual < np.inf else 1.0  # else they are too thin to tell
-            if share < _BLURRED:
-                refused.append(Refusal(view.name, f"blurred: {share:.0%} of the detail of the frames next to it"))
+            if share < blurred:
+                refused.append(Refusal(view.name, f"blurred: {share:.0%} of the detail of {others}"))
                 continue
         if near[index].sum() >= 3:
             ratio = float(size[index] / np.median(size[near[index]]))
@@ -612,7 +619,12 @@ def _spread_over_time(views: list[View], count: int) -> list[View]:
     if len(views) <= count:
         return views
     edges = np.linspace(0, len(views), count + 1).round().astype(int)
-    return [views[0]] + [max(views[start:end], key=lambda view: view.sharpness) for start, end in pairwise(edges[1:])]
+    return [views[0]] + [max(views[start:end], key=_crispness) for start, end in pairwise(edges[1:])]
+
+
+def _crispness(view: View) -> float:
+    """To choose by: of a view too thin to tell, nothing is known to be sharp."""
+    return view.sharpness if np.isfinite(view.sharpness) else 0.0
 
 
 def farthest(directions: Array, count: int, sharp: Array | None = None) -> list[int]:
@@ -646,9 +658,10 @@ def _up(views: Sequence[View], rotations: Array) -> tuple[Array, Literal["gravit
     directions = -np.stack([view.crop.R_virtual_camera[2] @ R for view, R in zip(views, rotations, strict=True)])
     values, vectors = np.linalg.eigh(np.cov(directions.T))
     # Directions on a circle: thin across its plane, and wide within it.
-    if len(views) >= 6 and values[0] < 0.1**2 and values[1] > 0.4**2 and np.linalg.norm(image_up) > 0.3:
-        axis = vectors[:, 0]
-        return axis * np.sign(axis @ image_up), "turntable"
+    axis, upright = vectors[:, 0], float(vectors[:, 0] @ image_up)
+    # Directions on a circle: thin across its plane, and wide within it. On one that leads over the top, the axis lies.
+    if len(views) >= 6 and values[0] < 0.1**2 and values[1] > 0.4**2 and abs(upright) > 0.3:
+        return axis * np.sign(upright), "turntable"
     if np.linalg.norm(image_up) < 0.1:  # held every way: the first is as good as any
         image_up = -rotations[0, 1]
     return _unit(image_up), "image"
@@ -674,12 +687,7 @@ def _levelled(view: View, gravity_camera: Array) -> View:
     roll = roll_of_gravity(crop.R_virtual_camera, gravity_camera)
     if roll is None:
         return replace(view, gravity_camera=gravity_camera)
-    middle = (crop.image.shape[0] - 1) / 2
-    cosine, sine = np.cos(roll), np.sin(roll)
-    turn = np.array([[cosine, -sine, 0.0], [sine, cosine, 0.0]])
-    turn[:, 2] = middle - turn[:, :2] @ [middle, middle]
-    size = crop.image.shape[:2]
-    image, mask = (cv2.warpAffine(one, turn, size, flags=cv2.INTER_LINEAR) for one in (crop.image, crop.mask))
+    image, mask = rolled(crop.image, roll), rolled(crop.mask, roll)
     R = exp(np.array([0.0, 0.0, roll])) @ crop.R_virtual_camera
     return replace(
         view,

@@ -19,6 +19,7 @@ from geometry_msgs.msg import Quaternion, TransformStamped
 from node_process import (
     FRAME,
     ROOT,
+    K,
     NodeProcess,
     Robot,
     camera_info_message,
@@ -306,6 +307,27 @@ def test_other_settings_begin_anew(processed: tuple[Path, Path], weights: Path, 
         bag.process(job(source, target, weights, **{"tf.prefix": "other_"}), stop)
     summary = bag.process(job(source, target, weights))
     assert summary.resumed == 0 and target.read_bytes() == whole.read_bytes()
+
+
+def test_an_object_registered_otherwise_begins_anew(weights: Path, tmp_path: Path) -> None:
+    """The same view at another distance: its latent is the same, its poses are not."""
+    source = write(tmp_path / "in.mcap", recorded_frames())
+    estimator = PoseEstimator.from_pretrained(weights)
+    image, ids = frame(0)
+
+    def stop(done: int, total: int) -> None:
+        if done == 4:
+            raise KeyboardInterrupt
+
+    stored = bag.Job(source, tmp_path / "out.mcap", settings(weights), store=tmp_path / "objects")
+    for distance in (0.6, 1.2):
+        registered = estimator.register(image, ids > 0, K, object_id="mug", reference_distance=distance)
+        ObjectStore(tmp_path / "objects").save(registered)
+        if distance == 0.6:
+            with pytest.raises(KeyboardInterrupt):
+                bag.process(stored, stop)
+    assert bag.process(stored).resumed == 0
+    assert bag.process(stored).resumed == 0, "of a finished job nothing is left"
 
 
 def as_sqlite(path: Path, messages: list[tuple[int, Message]]) -> Path:

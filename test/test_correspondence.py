@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rendered import photograph
 
-from nope_ros.correspondence import CORRESPONDENCE_WEIGHTS, CorrespondenceRefiner, rolled
-from nope_ros.crop import VirtualCamera, depth_through, look_through
+from nope_ros.correspondence import CORRESPONDENCE_WEIGHTS, CorrespondenceRefiner
+from nope_ros.crop import VirtualCamera, depth_through, look_through, rolled
 from nope_ros.estimator import PoseEstimator
 from nope_ros.evaluation.meshes import FIRST_UNSEEN_SEED, random_camera
 from nope_ros.evaluation.stages import OFFSETS, TEMPLATE, Compared, Pair, StageError

@@ -157,6 +157,8 @@ def test_objects_are_followed_if_the_parameters_say_so(
     assert stages(1.1, tracking_enabled=False) == (["template"], [])
     assert stages(1.2) == (["template"], []), "what was known went with it"
     assert stages(1.3, tracking_fixed_frame="") == (["tracking"], []), "nothing is asked, so nothing is missing"
+    estimate(received(image, mask), [], estimator, ANYTHING, gravity, lambda text: None, tracker)
+    assert stages(1.35, tracking_fixed_frame="") == (["template"], []), "what is registered no more is forgotten"
     tracker.reset()
     for stamp in (1.4, 1.5):
         (told,), _ = followed(stamp)

@@ -700,6 +700,14 @@ def test_which_axis_of_a_bop_world_is_up(tmp_path, capsys):
 # --- Renders --------------------------------------------------------------------------------------------------------
 
 
+def test_pairs_are_of_the_views_of_a_walk_that_could_be_taken(tmp_path):
+    write_mesh(tmp_path / "meshes/needle.ply", joined(cuboid((1.0, 0.005, 0.005))))
+    found = mesh_set(tmp_path / "meshes", walked=True, views=36, cache=tmp_path / "symmetry.json")
+    for evaluated in found.objects():
+        assert 18 <= len(evaluated.views) < 36, "end-on there is nothing to see of it"
+        assert max(max(pair) for pair in evaluated.pairs) < len(evaluated.views)
+
+
 def test_the_light_stays_while_one_walks_around_a_mesh(tmp_path):
     ball = trimesh.creation.icosphere(subdivisions=3)
     ball.vertices *= [1.0, 0.9, 0.7]  # fewer turns to try than of a sphere

@@ -29,7 +29,7 @@ from nope_ros.rendering.render import Lighting, render
 from nope_ros.rotations import exp, geodesic_distance, icosphere, look_at
 from nope_ros.store import ObjectStore
 from nope_ros.training.procedural import procedural_object
-from nope_ros.video import Walk, farthest, left_out, meeting_point
+from nope_ros.video import Walk, _spread_over_time, _without_outliers, farthest, left_out, meeting_point
 
 K = np.array([[400.0, 0, 159.5], [0, 400.0, 119.5], [0, 0, 1]])
 MESH = procedural_object(11).normalised()[0]
@@ -200,6 +200,26 @@ def test_blur_and_wrong_masks_are_told_by_the_frames_next_to_them(estimator, fra
     assert not {"4", "7"} & set(registered.keyframes.names)
 
 
+def test_sides_may_differ_where_no_frame_is_known_to_be_next_to_another(frames):
+    walk = Walk(96)
+    for index, frame in enumerate(frames):
+        walk.add(str(index), frame)
+    plain = [replace(view, sharpness=0.4 if index % 3 == 0 else 1.0) for index, view in enumerate(walk.views)]
+    views = [replace(view, crop=replace(view.crop, angular_radius=0.1 * 2 ** (n % 2))) for n, view in enumerate(plain)]
+    views[5] = replace(views[5], sharpness=0.1)
+    told = {ordered: _without_outliers(views, given=False, ordered=ordered)[1] for ordered in (False, True)}
+    assert [one.name for one in told[False]] == ["5"] and "of the detail of the other frames" in told[False][0].reason
+    assert len(told[True]) > 3, "in a walk, that is what blurred frames and wrong masks look like"
+
+
+def test_a_view_too_thin_to_tell_is_not_taken_for_the_sharpest(frames):
+    walk = Walk(96)
+    walk.add("0", frames[0])
+    views = [replace(walk.views[0], name=str(index), sharpness=0.5 + 0.01 * index) for index in range(9)]
+    views[3] = replace(views[3], sharpness=np.inf)
+    assert [view.name for view in _spread_over_time(views, 3)] == ["0", "5", "8"]
+
+
 def test_too_few_frames_say_why(estimator, frames):
     walk = Walk(96)
     for _ in range(5):
@@ -236,6 +256,15 @@ def test_without_gravity_the_way_round_is_the_turntables_axis(estimator, frames)
     assert registered.keyframes.provenance.up == "turntable"
     assert registered.gravity_known
     np.testing.assert_allclose(registered.keyframes.R_fixed_object[:, 2], [0, 0, 1], atol=0.05)
+
+
+def test_a_way_over_the_top_is_no_turntable(estimator):
+    angles = np.radians(np.linspace(-110, 110, 12))
+    held = [camera([1.0, 0, 0])[0] @ exp(np.array([0, angle, 0])) for angle in angles]
+    poses = [(R, np.array([0, 0, 6.0]) - R @ CENTRE) for R in held]
+    registered = estimator.register_views([frame_at(pose) for pose in poses], poses=poses)
+    assert registered.keyframes.provenance.up == "image"
+    assert registered.keyframes.R_fixed_object[2, 2] > 0.95
 
 
 def exact_latents(count, seed, noise=0.0):

@@ -156,7 +156,7 @@ def _objects(
             except InputError as error:
                 yield unusable(name, error, group)
                 continue
-            drawn = draw_pairs(views, seed, f"{name}/{kind}", references, pairs)
+            drawn = draw_pairs(len(seen), seed, f"{name}/{kind}", references, pairs)
             yield EvaluationObject(name, seen, drawn, group, symmetry)
 
 
@@ -217,7 +217,7 @@ def _around(mesh: Mesh, finish: Finish, seed: int, name: str, kind: str, count: 
             _photograph(mesh, finish, R, t, K, light_seed, cameras[0][0])
         except InputError:
             continue
-        read = partial(_photograph, mesh, finish, R, t, K, light_seed, cameras[0][0], depth)
+        read = partial(_photograph, mesh, finish, R, t, K, light_seed, cameras[0][0], depth, number)
         views.append(_view(f"{kind}/{number}", R, t, read, depth))
     if len(views) < count / 2:
         raise InputError(_HARDLY_SEEN)
@@ -303,6 +303,7 @@ def _photograph(
     light_seed: int,
     R_light_object: Array | None = None,
     depth: bool = False,
+    number: int = 0,
 ) -> Frame:
     # R_light_object: of the camera for which the light is drawn, that then stays where it is; else for this one.
     rng = np.random.default_rng(light_seed)
@@ -316,7 +317,7 @@ def _photograph(
     view = render(mesh, R, t, K, _WIDTH, _HEIGHT, lighting=lighting, background=behind)
     measured = None
     if depth:
-        noise = np.random.default_rng((light_seed, 1))
+        noise = np.random.default_rng((light_seed, 1, number) if number else (light_seed, 1))
         wall = float(np.linalg.norm(t)) + noise.uniform(0.5, 3.0)
         measured = measured_depth(RADIUS_WITH_DEPTH * view.depth, float(K[0, 0]), RADIUS_WITH_DEPTH * wall, noise)
     return Frame.from_arrays(view.rgb, view.mask, K, measured)

@@ -52,6 +52,8 @@ class WalkReport:
         keyframes: asked for of each object.
         poses: where the registration had camera poses from.
         pose_noise_deg: by which every camera was turned before that.
+        ordered: whether views were in the order in which they were taken.
+        seed: of all draws.
         refinement: what followed the templates.
         scores: of every query, by either method.
         registration_seconds: of each walk.
@@ -64,6 +66,8 @@ class WalkReport:
     keyframes: int
     poses: PoseSource
     pose_noise_deg: float
+    ordered: bool
+    seed: int
     refinement: Refinement
     scores: tuple[PairScore, ...]
     registration_seconds: tuple[float, ...]
@@ -93,6 +97,8 @@ class WalkReport:
             "keyframes": self.keyframes,
             "poses": self.poses,
             "pose_noise_deg": self.pose_noise_deg,
+            "ordered": self.ordered,
+            "seed": self.seed,
             "refinement": self.refinement,
             "registration_seconds": round(float(np.median(self.registration_seconds or (0.0,))), 2),
             "skipped": list(self.skipped),
@@ -120,6 +126,7 @@ class WalkReport:
         noise = f", camera poses off by {self.pose_noise_deg:g}°" if self.pose_noise_deg else ""
         seconds = float(np.median(self.registration_seconds or (0.0,)))
         title = f"{self.kind}: {self.model}, {self.keyframes} keyframes in {seconds:.1f} s, poses {self.poses}{noise}"
+        title += ", in order" if self.ordered else ""
         title += "" if self.refinement == "none" else f", refinement {self.refinement}"
         table = Table(title=title, title_justify="left")
         for column in (
@@ -209,9 +216,10 @@ def evaluate_walks(
                     rng = generator(seed, evaluated.name, "walk")
                     try:
                         one = _Walked.of(evaluated, estimator, level, rng, keyframes, poses, pose_noise_deg, ordered)
-                        scores += one.ask(part, queries, pictures)
+                        found_scores, unread = one.ask(part, queries, pictures)
+                        scores += found_scores
                         seconds.append(one.seconds)
-                        skipped += one.skipped
+                        skipped += [*one.skipped, *unread]
                     except InputError as error:
                         skipped.append(f"{evaluated.name}: {error}")
             if progress is not None and task is not None:
@@ -223,6 +231,8 @@ def evaluate_walks(
         keyframes,
         poses,
         pose_noise_deg,
+        ordered,
+        seed,
         estimator.refinement,
         tuple(scores),
         tuple(seconds),
@@ -298,20 +308,28 @@ class _Walked:
             evaluated, estimator, level, rng, tuple(chosen), singles, together, R_truth_object, origin, seconds, refused
         )
 
-    def ask(self, protocols: Sequence[Prior], queries: int | None, pictures: Path | None = None) -> list[PairScore]:
-        """Scores of both methods on the views that are no keyframes."""
+    def ask(
+        self, protocols: Sequence[Prior], queries: int | None, pictures: Path | None = None
+    ) -> tuple[list[PairScore], list[str]]:
+        """Scores of both methods on the views that are no keyframes; what could not be read, and why."""
         views = self.evaluated.views
         rest = [index for index in range(len(views)) if index not in self.chosen]
         if queries is not None and queries < len(rest):
             rest = [rest[index] for index in np.sort(self.rng.choice(len(rest), queries, replace=False))]
-        scores = []
+        scores: list[PairScore] = []
+        unread = []
         farthest_apart: dict[Prior, tuple[float, View, View, PoseEstimate, PoseEstimate]] = {}
         for query in rest:
             reference = self.chosen[int(self.rng.integers(len(self.chosen)))]
             view = views[query]
+            try:
+                frame = view.read()
+            except InputError as error:
+                unread.append(f"{self.evaluated.name} {view.name}: {error}")
+                continue
             for prior in protocols:
                 single, video = self.estimator.estimate_frame(
-                    view.read(),
+                    frame,
                     [self.singles[reference], self.together],
                     prior=prior,
                     gravity_camera=view.gravity_camera if self.level else None,
@@ -324,9 +342,9 @@ class _Walked:
                     farthest_apart[prior] = (apart, views[reference], view, single, video)
         if pictures is not None:
             for prior, (_, first, view, single, video) in farthest_apart.items():
-                path = pictures / f"walk_{Path(self.evaluated.name).name}_{prior}.png"
+                path = pictures / f"walk_{self.evaluated.name.replace('/', '_')}_{prior}.png"
                 cv2.imwrite(str(path), self._picture(first, view, single, video)[..., ::-1])
-        return scores
+        return scores, unread
 
     def _picture(self, reference: View, query: View, single: PoseEstimate, video: PoseEstimate) -> NDArray[np.uint8]:
         """The two photographs, and over all viewpoints what one view and what the walk make of the second."""

@@ -52,7 +52,7 @@ from nope_ros.node.pairing import FrameMessages, Kind, Pairing
 from nope_ros.node.parameters import Settings
 from nope_ros.node.registration import register
 from nope_ros.srv import RegisterObject
-from nope_ros.store import ObjectStore, check_object_id
+from nope_ros.store import ObjectStore, check_object_id, fingerprint
 from nope_ros.tracking import Tracker
 
 NODE = "/nope"
@@ -377,8 +377,7 @@ def _objects(job: Job, estimator: PoseEstimator, complain: Complaints) -> list[R
 def _identity(job: Job, estimator: PoseEstimator, objects: Sequence[RegisteredObject]) -> dict[str, Any]:
     """What a journal must have been begun with for its frames to be this job's."""
     state = job.source.stat()
-    latents = [zlib.crc32(one.latent.detach().float().cpu().numpy().tobytes()) for one in objects]
-    told = json.dumps([asdict(job), estimator.predictor.identity, latents], default=str)
+    told = json.dumps([asdict(job), [fingerprint(one) for one in objects]], default=str)
     return {"source": job.source.name, "size": state.st_size, "changed": state.st_mtime_ns, "job": told}
 
 

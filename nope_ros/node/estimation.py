@@ -129,6 +129,8 @@ def estimate(
         InputError: if the frame cannot be used.
     """
     header = received.image.header
+    if tracker is not None:
+        tracker.keep(objects if settings.tracking_enabled else ())
     with stage("read"):
         scene = read(received, settings, complain)
     instances, frames = list(scene.instances), list(scene.instances.values())
@@ -139,8 +141,6 @@ def estimate(
     priors = [prior_of(one, settings, down is not None, complain) for one in objects]
     # Which instance is which object is told by similarities alone; a pose costs more, and one is made for each pair.
     similarity = np.array([estimator.similarities(query, objects) for query in queries])
-    if tracker is not None:
-        tracker.keep(objects if settings.tracking_enabled else ())
     R_fixed_camera = orientation_of(header.frame_id, received.stamp, gravity, settings, complain)
     seen = []
     for row, column in assign(similarity, settings.similarity_threshold):

@@ -251,16 +251,19 @@ class NopeNode(LifecycleNode):
             self.trigger_shutdown()
 
     def _end_session(self) -> None:
-        session, self._session = self._session, None
+        with self._registry:  # from now on no service adds anything to it
+            session, self._session = self._session, None
         if session is not None:
             session.stop.set()
             session.worker.join()
         self._marked = frozenset()
-        if self._stream is not None:
-            self._complain(f"the walk round '{self._stream.object_id}' is given up: the node is no longer active")
-            self._cancel_stream(self._stream)
-        for object_id in list(self._objects):
-            self._remove(object_id)
+        with self._registry:
+            stream = self._stream
+            if stream is not None:
+                self._complain(f"the walk round '{stream.object_id}' is given up: the node is no longer active")
+                self._cancel_stream(stream)
+            for object_id in list(self._objects):
+                self._remove(object_id)
         if self._imu_input is not None:
             self._retire(self.destroy_subscription, self._imu_input)
         self._imu = self._imu_input = None
@@ -566,7 +569,10 @@ class NopeNode(LifecycleNode):
         if request.fixed_frame and self._transforms is None:
             self._transforms = tf.listen(self, history(self._settings))
         transforms = self._transforms if request.fixed_frame else None
-        self._stream = StreamRegistration(request, session.estimator.predictor.crop_size, transforms)
+        with self._registry:
+            if self._session is not session:
+                raise InputError("the node was deactivated meanwhile; activate it and start again")
+            self._stream = StreamRegistration(request, session.estimator.predictor.crop_size, transforms)
         return f"Collecting frames of '{object_id}': go round it, then STOP"
 
     def _stop_stream(self, stream: StreamRegistration, session: Session) -> tuple[int, str]:
