@@ -81,7 +81,7 @@ def average_rotations(
     """
     count = len(latents)
     placing = _Placing.of(latents, gravity_virtual, temperature, ordered=ordered)
-    rotations = max((placing.from_pair(pair) for pair in placing.surest_pairs(_BEGINNINGS)), key=lambda one: one[1])[0]
+    rotations = max((placing.begun_with(view) for view in placing.beginnings(_BEGINNINGS)), key=lambda one: one[1])[0]
     rotations = placing.reconciled(rotations)
     edge = placing.edges()
     angle = geodesic_distance(edge, rotations[:, None] @ np.swapaxes(rotations, -1, -2)[None])
@@ -142,8 +142,8 @@ class _Placing:
         values = self.turns.values(torch.cat(both)) / self.temperature
         return values.unflatten(1, (len(both), len(turned))).transpose(0, 1)
 
-    def surest_pairs(self, most: int) -> list[tuple[int, int]]:
-        """Pairs to begin with: alike, sure of their rotation, near in time; no view in two of them."""
+    def beginnings(self, most: int) -> list[int]:
+        """Views to begin with: one of each pair that is alike, sure of its rotation, near in time; pairs share none."""
         count = len(self.latents)
         value = np.full((count, count), -np.inf)
         for i in range(1, count):
@@ -152,19 +152,19 @@ class _Placing:
             value[i, :i] = sure.cpu().numpy()
             if self.ordered:
                 value[i, :i] -= 0.5 * (np.arange(i, 0, -1) - 1.0) ** 2
-        found: list[tuple[int, int]] = []
+        found: list[int] = []
         while len(found) < most and np.isfinite(value).any():
             i, j = (int(one) for one in np.unravel_index(np.argmax(value), value.shape))
-            found.append((i, j))
+            found.append(j)
             value[[i, j]] = -np.inf
             value[:, [i, j]] = -np.inf
         return found
 
-    def from_pair(self, pair: tuple[int, int]) -> tuple[Array, float]:
+    def begun_with(self, view: int) -> tuple[Array, float]:
         """Rotations (N, 3, 3) from the common frame to the virtual cameras, and how well they explain each other."""
         count = len(self.latents)
         state = _Placed(self)
-        state.put(pair[1], np.eye(3))
+        state.put(view, np.eye(3))
         while len(state.views) < count:
             outside = [view for view in range(count) if view not in state.views]
             if self.ordered:  # little steps only: of half turns there is no telling over large ones
