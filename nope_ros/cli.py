@@ -138,6 +138,12 @@ def _register(words: Words) -> int:
     return register.main(words)
 
 
+def _objects(words: Words) -> int:
+    from nope_ros.commands import objects
+
+    return objects.main(words)
+
+
 def _align(words: Words) -> int:
     from nope_ros.commands import align
 
@@ -164,6 +170,7 @@ COMMANDS = (
     Command("play", _play, "a recorded sequence as ROS topics (needs ROS)"),
     Command("estimate", _estimate, "poses in a folder of images, as a library does it"),
     Command("register", _register, "an object from a walk around it (folder, bag or video), or from its mesh"),
+    Command("objects", _objects, "which objects are registered; removes one"),
     Command(
         "align", _align, "one registered object laid over another: the similarity, and whether they are of one kind"
     ),
@@ -198,6 +205,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         return command.run(words[1:])
+    except KeyboardInterrupt:
+        print(f"nope-ros {command.word}: stopped", file=sys.stderr)
+        return 130
     except ModuleNotFoundError as error:
         missing = (error.name or "").split(".")[0]
         if missing == "nope_ros" and error.name not in ("nope_ros.msg", "nope_ros.srv"):

@@ -24,6 +24,7 @@ _COEFFICIENTS: dict[DistortionModel, tuple[int, ...]] = {
 # Larger than any camera in use; refuses a corrupt header before it asks for memory.
 LARGEST_SIDE = 16384
 
+_FARTHEST_DEPTH = 100.0  # metres: no depth camera sees that far, and millimetres taken for metres do
 _LONGEST_MESSAGE = 2000
 
 
@@ -188,7 +189,7 @@ class Frame:
             image: (H, W, 3) uint8 RGB, or (H, W) grey.
             mask: (H, W), anything above zero is the object.
             camera: a Camera, or K (3, 3) of an undistorted image.
-            depth: (H, W) metres, zero or NaN where unknown.
+            depth: (H, W) metres (floats), zero or NaN where unknown.
 
         Raises:
             InputError: naming the array that does not fit.
@@ -222,7 +223,16 @@ class Frame:
                     f"depth: size {_size(depth)} differs from the image's {width}x{height}; "
                     "publish depth registered to the image"
                 )
+            if not np.issubdtype(depth.dtype, np.floating):
+                raise InputError(
+                    f"depth: dtype is {depth.dtype}; give metres as floats (millimetres are divided by 1000)"
+                )
             depth = np.where(np.isfinite(depth) & (depth > 0), depth, np.nan).astype(np.float32)
+            near = depth[mask & np.isfinite(depth)]
+            if near.size and np.median(near) > _FARTHEST_DEPTH:
+                raise InputError(
+                    f"depth: the object would be {np.median(near):.0f} m away; is it in millimetres? Give metres"
+                )
             # Nearest: interpolated depth at an edge is a point in the air.
             depth = camera.undistort(depth, cv2.INTER_NEAREST)
         cut = bool(mask[0].any() or mask[-1].any() or mask[:, 0].any() or mask[:, -1].any())

@@ -6,7 +6,7 @@ A folder (see ``demo/sequence``):
                   x_camera = R x_object + t, optical axes, metres; images undistorted. Optional "depth" of an image:
                   a 16-bit PNG of its size, millimetres along z, 0 where unknown. Optional "up" (3): the object's
                   up axis in its own frame, which gives gravity in every image, and "object": its name.
-    images/ masks/    masks: above 127 is the object
+    images/ masks/    masks: above 127 is the object, or 1 where nothing is more
 
 A bag (MCAP or sqlite3) is decoded by the node's own converters.
 """
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
+import PIL.Image
 from numpy.typing import NDArray
 
 from nope_ros.frame import Camera, InputError
@@ -134,6 +135,7 @@ def open_recording(
     instance: int = 0,
     reference: int = 0,
     limit: int | None = None,
+    posed: bool = True,
 ) -> Recording:
     """Open a folder or a bag.
 
@@ -145,6 +147,7 @@ def open_recording(
         instance: id of the object in a bag's mask; 0: whatever is above 0.
         reference: index of a folder's reference frame, which is moved to the front.
         limit: most frames, evenly spread over the sequence (of a bag: the first ones).
+        posed: whether a folder's poses, and the gravity that follows, are read.
 
     Raises:
         InputError: if it is neither, or incomplete.
@@ -155,7 +158,7 @@ def open_recording(
     if limit is not None and limit < 1:
         raise InputError(f"frames: {limit} is not positive")
     if (path / POSES_FILE).is_file():
-        return FolderRecording(path, reference=reference, limit=limit)
+        return FolderRecording(path, reference=reference, limit=limit, posed=posed)
     bags = [path]
     if not (path.suffix in BAG_SUFFIXES or (path / "metadata.yaml").is_file()):
         bags = [entry for entry in path.iterdir() if entry.suffix in BAG_SUFFIXES] if path.is_dir() else []
@@ -172,10 +175,11 @@ def open_recording(
 class FolderRecording(Recording):
     """Images, masks and poses.json."""
 
-    def __init__(self, folder: Path, *, reference: int = 0, limit: int | None = None) -> None:
+    def __init__(self, folder: Path, *, reference: int = 0, limit: int | None = None, posed: bool = True) -> None:
         self.folder = folder
+        self.posed = posed
         try:
-            content = json.loads((folder / POSES_FILE).read_text(encoding="utf-8"))
+            content = json.loads((folder / POSES_FILE).read_text(encoding="utf-8-sig"))
         except (OSError, ValueError) as error:
             raise InputError(f"{folder / POSES_FILE}: cannot be read ({error})") from None
         entries = content.get("images") if isinstance(content, dict) else None
@@ -184,7 +188,8 @@ class FolderRecording(Recording):
         if not 0 <= reference < len(entries):
             raise InputError(f"reference: {reference} is not within 0..{len(entries) - 1}")
         self.name = str(content.get("object") or folder.name).rsplit("/", 1)[-1]
-        self.up = _vector(content["up"], f"{folder / POSES_FILE}: 'up'") if content.get("up") is not None else None
+        up = content.get("up") if posed else None
+        self.up = None if up is None else _vector(up, f"{folder / POSES_FILE}: 'up'")
         # Others keep their order: a video with one frame moved is still a video.
         others = [entry for index, entry in enumerate(entries) if index != reference]
         ordered = [entries[reference], *others]
@@ -200,17 +205,27 @@ class FolderRecording(Recording):
             yield self._moment(entry)
 
     def _moment(self, entry: dict[str, Any]) -> Moment:
-        where = f"{self.folder / POSES_FILE}: image '{entry.get('file')}'"
+        where = f"{self.folder / POSES_FILE}: image {self.entries.index(entry)} ('{entry.get('file', 'no file')}')"
+        lacking = [key for key in ("file", "mask", "K") if entry.get(key) is None]
+        if self.posed and (entry.get("R") is None) != (entry.get("t") is None):
+            lacking += [key for key in ("R", "t") if entry.get(key) is None]
+        if lacking:
+            raise InputError(f"{where}: has no {' and no '.join(lacking)}")
         try:
             image_path, mask_path = self.folder / entry["file"], self.folder / entry["mask"]
-            K = np.array(entry["K"], np.float64)
             depth_path = None if entry.get("depth") is None else self.folder / entry["depth"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{where}: {error} is missing or wrong") from None
+        except TypeError as error:
+            raise InputError(f"{where}: file, mask or depth is no path ({error})") from None
+        try:
+            K = np.array(entry["K"], np.float64)
+        except (TypeError, ValueError):
+            K = np.zeros(0)
+        if K.shape != (3, 3) or not np.isfinite(K).all() or min(K[0, 0], K[1, 1]) <= 0:
+            raise InputError(f"{where}: K is not three rows of three numbers with focal lengths above 0")
         rgb = np.ascontiguousarray(_pixels(image_path, cv2.IMREAD_COLOR)[..., ::-1])
         mask = _pixels(mask_path, cv2.IMREAD_GRAYSCALE)
         truth = None
-        if entry.get("R") is not None and entry.get("t") is not None:
+        if self.posed and entry.get("R") is not None:
             R = np.array(entry["R"], np.float64)
             if R.shape != (3, 3) or not np.allclose(R @ R.T, np.eye(3), atol=1e-3) or np.linalg.det(R) < 0:
                 raise InputError(f"{where}: R is not a rotation matrix")
@@ -218,7 +233,7 @@ class FolderRecording(Recording):
         return Moment(
             name=image_path.name,
             image=rgb,
-            mask=np.asarray(mask > 127),
+            mask=np.asarray(mask > (127 if mask.max() > 1 else 0)),
             camera=Camera(K, rgb.shape[1], rgb.shape[0]),
             gravity_camera=None if truth is None or self.up is None else -truth.R_camera_object @ self.up,
             truth=truth,
@@ -227,6 +242,13 @@ class FolderRecording(Recording):
 
 
 def _pixels(path: Path, flags: int) -> NDArray[np.uint8]:
+    if not path.is_file():
+        raise InputError(f"{path}: there is no such file")
+    try:
+        with PIL.Image.open(path) as file:
+            file.load()  # OpenCV makes an image of half a file, the rest of it grey
+    except (OSError, SyntaxError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as an image ({error})") from None
     pixels: NDArray[np.uint8] | None = cv2.imread(str(path), flags)
     if pixels is None:
         raise InputError(f"{path}: cannot be read as an image")

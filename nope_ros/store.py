@@ -61,7 +61,7 @@ def check_object_id(object_id: str) -> str:
     if not _SAFE_ID.fullmatch(object_id):
         shown = object_id if len(object_id) <= 40 else object_id[:40] + "…"
         raise InputError(
-            f"object_id: {shown!r} is not allowed; use 1 to 63 letters, digits, '_', '.' or '-', "
+            f"object_id: {shown!r} is not allowed; use 1 to 63 letters (a to z), digits, '_', '.' or '-', "
             "starting with a letter, digit or '_'"
         )
     return object_id
@@ -94,6 +94,10 @@ class ObjectStore:
 
     def _path(self, object_id: str) -> Path:
         return self.folder / (check_object_id(object_id) + _SUFFIX)
+
+    def holds(self, object_id: str, predictor: Predictor) -> bool:
+        """Whether there is an object of this name that these weights can use."""
+        return _made_with(self._path(object_id), predictor)
 
     def save(self, registered: RegisteredObject, overwrite: bool = True) -> Path | None:
         """Write an object, whole or not at all, replacing an older one of its name.

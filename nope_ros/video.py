@@ -491,10 +491,8 @@ def _check_enough(views: Sequence[View], refused: Sequence[Refusal], walk: Walk)
     if len(views) >= FEWEST:
         return
     reasons = [refusal.reason for refusal in refused]
-    most = max(set(reasons), key=reasons.count) if reasons else "there were no more"
-    raise InputError(
-        f"walk: {len(views)} of {len(walk)} frames can be used, at least {FEWEST} are needed; most often: {most}"
-    )
+    most = f"; refused most often: {max(set(reasons), key=reasons.count)}" if reasons else ""
+    raise InputError(f"walk: {len(views)} of {len(walk)} frames can be used, at least {FEWEST} are needed{most}")
 
 
 def _pose(view: View) -> Pose:

@@ -148,10 +148,17 @@ def test_bad_folders_are_refused_with_a_reason(tmp_path, poses):
     (tmp_path / "poses.json").write_text('{"images": []}')
     with pytest.raises(InputError, match="'images' is missing or empty"):
         open_recording(tmp_path)
+    whole = (SEQUENCE / poses["images"][0]["file"]).read_bytes()
+    (tmp_path / "half.jpg").write_bytes(whole[: len(whole) // 2])
     for key, value, reason in (
-        ("file", "images/none.jpg", "cannot be read as an image"),
+        ("file", "images/none.jpg", "there is no such file"),
+        ("file", str(tmp_path / "poses.json"), "cannot be read as an image"),
+        ("file", str(tmp_path / "half.jpg"), "half.jpg: cannot be read as an image .*truncated"),
+        ("mask", None, r"image 0 \('.*'\): has no mask"),
+        ("t", None, "has no t"),
         ("R", (2 * np.eye(3)).tolist(), "not a rotation"),
-        ("K", np.zeros((3, 3)).tolist(), "camera"),
+        ("K", np.zeros((3, 3)).tolist(), "K is not three rows of three numbers with focal lengths above 0"),
+        ("K", "abc", "K is not three rows"),
         ("t", [0, 0, float("nan")], "three numbers"),
     ):
         write_folder(tmp_path, poses, lambda entry, key=key, value=value: entry.update({key: value}))
@@ -159,6 +166,13 @@ def test_bad_folders_are_refused_with_a_reason(tmp_path, poses):
             list(open_recording(tmp_path))
     with pytest.raises(InputError, match="reference: 7"):
         open_recording(tmp_path, reference=7)
+    # Poses that are not asked for may be anything, and masks may be of zeros and ones.
+    write_folder(tmp_path, poses, lambda entry: entry.update(R="north", t=None))
+    (moment, _) = open_recording(tmp_path, posed=False)
+    assert moment.truth is None and moment.gravity_camera is None
+    cv2.imwrite(str(tmp_path / "ones.png"), moment.mask.astype(np.uint8))
+    write_folder(tmp_path, poses, lambda entry: entry.update(mask=str(tmp_path / "ones.png")))
+    assert (next(iter(open_recording(tmp_path))).mask == moment.mask).all()
 
 
 def write_folder_with_depth(folder, poses, unit=1.0):
@@ -201,7 +215,9 @@ def test_depth_of_a_walk_gives_metres_where_its_poses_do_not(estimator, tmp_path
     assert lorry.metric
     # The flat depth lies at the centre, and half a radius in front of it is where a surface is expected.
     assert lorry.reference.distance == pytest.approx(true, rel=0.15)
-    assert main([*words, "--reference-distance", "0.5"]) == 2
+    assert main([*words, "--not-metric"]) == 2
+    assert "'lorry' is registered" in (said := capsys.readouterr().err) and "--overwrite replaces it" in said
+    assert main([*words, "--overwrite", "--reference-distance", "0.5"]) == 2
     assert "--reference-distance: the camera poses are in metres already" in capsys.readouterr().err
 
 
@@ -308,6 +324,36 @@ def test_a_missing_pose_counts_as_wrong():
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_lists_and_removes_objects(estimator, tmp_path, capsys):
+    from nope_ros.cli import main
+    from nope_ros.store import ObjectStore
+
+    moment = next(iter(open_recording(SEQUENCE)))
+    registered = estimator.register(moment.image, moment.mask, moment.camera, object_id="mug", reference_distance=0.6)
+    ObjectStore(tmp_path).save(registered)
+    (tmp_path / "cup.object.safetensors").write_bytes(b"nonsense")
+    where = ["--store", str(tmp_path)]
+    assert main(["objects", *where]) == 0
+    said = capsys.readouterr().out
+    assert "mug" in said and "one view" in said and "metres" in said and "cup.object.safetensors" in said
+    assert main(["objects", *where, "--remove", "cat"]) == 2
+    assert "'cat' is not registered" in capsys.readouterr().err
+    assert main(["objects", *where, "--remove", "mug"]) == 0
+    assert not ObjectStore(tmp_path).load_all(estimator.predictor).objects
+
+
+def test_a_command_that_is_stopped_says_so(monkeypatch, capsys):
+    from nope_ros import cli
+    from nope_ros.commands import objects
+
+    def interrupted(words):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(objects, "main", interrupted)
+    assert cli.main(["objects"]) == 130
+    assert capsys.readouterr().err == "nope-ros objects: stopped\n"
 
 
 def test_command_explains_itself(capsys):
@@ -647,6 +693,9 @@ def test_a_walk_takes_the_cameras_motion_from_tf(ros, estimator, tmp_path, capsy
     assert again.object_id == "again" and again.keyframes.provenance.poses == "given"
     assert np.degrees(geodesic_distance(again.reference.R_camera_object, mug.reference.R_camera_object)) < 5
     # In the frame of the robot's own base the camera never moved; and there are frames that nobody sends.
+    words.append("--overwrite")
+    assert main([*words_align, "--save", "again"]) == 2
+    assert "--save: 'again' is registered already" in capsys.readouterr().err
     assert main([*words, "--fixed-frame", "base"]) != 0
     assert "choose a fixed frame in which the camera moves" in capsys.readouterr().err
     assert main([*words, "--fixed-frame", "odom"]) != 0

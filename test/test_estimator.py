@@ -167,6 +167,21 @@ def test_object_diameter_gives_scale(estimator):
     assert registered.reference.distance == pytest.approx(8.0, rel=0.25)
 
 
+def test_millimetres_are_not_taken_for_metres(estimator):
+    """Whole numbers, as a depth camera's driver stores them, and floats that nobody divided."""
+    image, mask = np.full((240, 320, 3), 90, np.uint8), np.zeros((240, 320), np.uint8)
+    mask[80:160, 100:200] = 255
+    K = np.array([[300.0, 0, 160], [0, 300.0, 120], [0, 0, 1]])
+    for depth, words in (
+        (np.full(mask.shape, 677, np.uint16), "depth: dtype is uint16; give metres as floats"),
+        (np.full(mask.shape, 677.0, np.float32), "depth: the object would be 677 m away; is it in millimetres"),
+    ):
+        with pytest.raises(InputError, match=words):
+            estimator.register(image, mask, K, depth=depth)
+    far = np.where(mask > 0, 0.677, 500.0)  # what is behind the object may be as far as it likes
+    assert estimator.register(image, mask, K, depth=far).reference.distance == pytest.approx(0.677, rel=0.2)
+
+
 def test_a_reference_pose_names_the_object_frame(estimator):
     t = np.array([0.1, -0.2, 8.1])
     registered = estimator.register(*seen(), R_camera_object=REFERENCE, t_camera_object=t)

@@ -132,6 +132,26 @@ def test_the_configuration_file_is_read_by_ros(ros: None) -> None:
     node.destroy_node()
 
 
+def test_misspelled_parameters_are_told(ros: None, tmp_path: Path) -> None:
+    misspelled = {"priro": "free", "use_sim_time": True, "qos_overrides./mask.subscription.depth": 3}
+    node = rclpy.create_node(
+        "spelling", parameter_overrides=[Parameter(name, value=one) for name, one in misspelled.items()]
+    )
+    parameters.declare(node)
+    assert parameters.unknown(node) == ["priro: is no parameter, and does nothing; did you mean prior?"]
+    node.destroy_node()
+    path = tmp_path / "nope.yaml"
+    for section, values, words in (
+        ("nope", {"gravity": {"fraem": "odom"}}, "gravity.fraem: is no parameter, .*did you mean gravity.frame"),
+        ("nop", {"prior": "free"}, "has no section nope: or /.*, only nop"),
+    ):
+        path.write_text(yaml.safe_dump({section: {"ros__parameters": values}}))
+        with pytest.raises(InputError, match=words):
+            parameters.from_file(str(path))
+    path.write_text(yaml.safe_dump({"/**": {"ros__parameters": {"of_another_node": 1, "prior": "free"}}}))
+    assert parameters.from_file(str(path)) == {"prior": "free"}
+
+
 def test_tables_name_everything() -> None:
     assert all(f"`{spec.name}`" in parameters.table() for spec in SPECS)
     assert all(f"`{endpoint.name}`" in topics.table() for endpoint in topics.ENDPOINTS)

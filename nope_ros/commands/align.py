@@ -35,6 +35,7 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument(
         "--save", default="", metavar="NAME", help="store B under this name, its poses then being of the frame of A"
     )
+    parser.add_argument("--overwrite", action="store_true", help="of --save: replace an object of that name")
     parser.add_argument("--out", type=Path, metavar="PNG", help="where the pair is drawn (A_B.png in this folder)")
     parser.add_argument(
         "--store", type=Path, default=Path("~/.local/share/nope_ros"), help="folder of registered objects (%(default)s)"
@@ -55,6 +56,8 @@ def main(words: Sequence[str]) -> int:
         if given.fixed_frame and not any(source is not None and source.bag is not None for source in sources.values()):
             raise InputError("--fixed-frame is of the TF of bags, and neither A nor B is a bag; leave it out")
         estimator = PoseEstimator.from_pretrained(given.weights, device=given.device)
+        if given.save and not given.overwrite and ObjectStore(given.store).holds(given.save, estimator.predictor):
+            raise InputError(f"--save: '{given.save}' is registered already; choose another name, or --overwrite")
         extractor = None
         if given.features is not None:
             extractor = FeatureExtractor.from_checkpoint(given.features, device=given.device)

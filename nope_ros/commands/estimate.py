@@ -126,6 +126,12 @@ def _run(given: argparse.Namespace, console: Console) -> int:
             cv2.imwrite(str(given.out / f"{len(poses) - 1:04d}.jpg"), drawn[..., ::-1])
     if given.out is not None:
         (given.out / "poses.json").write_text(json.dumps(poses, indent=1) + "\n", encoding="utf-8")
+    latency = percentiles([1000 * value for value in seconds])
+    speed = f"{latency['p50']} ms a frame (p95 {latency['p95']} ms), {estimator.model_name} on {estimator.device}"
+    if len(scores) < 2:
+        why = "there is one frame only" if len(poses) < 2 else "the folder has no true poses"
+        console.print(f"{len(poses)} frames; nothing to compare: {why}. {speed}", highlight=False, soft_wrap=True)
+        return 0
     table = Table(title=f"{recording.name}: {len(poses)} frames, prior {poses[-1]['prior']}", title_justify="left")
     for column in ("", "frames", "Acc30 %", "error, median °", "90 % below °"):
         table.add_column(column, justify="left" if not column else "right")
@@ -134,10 +140,7 @@ def _run(given: argparse.Namespace, console: Console) -> int:
         error = of["rotation_error_deg"]
         table.add_row(name, *(str(value) for value in (of["frames"], of["acc30"], error["median"], error["p90"])))
     console.print(table)
-    latency = percentiles([1000 * value for value in seconds])
-    console.print(
-        f"{latency['p50']} ms a frame (p95 {latency['p95']} ms), {estimator.model_name} on {estimator.device}"
-    )
+    console.print(speed)
     return 0
 
 

@@ -266,6 +266,7 @@ class Source:
                 depth_topic=self.depth_topic,
                 rectified=self.rectified,
                 instance=self.instance,
+                posed=self.poses != "none",
             )
             if isinstance(recording, BagRecording) != (self.bag is not None):
                 raise InputError(f"{path}: is a {'folder' if self.bag else 'bag'}; give it as such")
@@ -431,6 +432,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--store", type=Path, default=Path("~/.local/share/nope_ros"), help="folder of registered objects (%(default)s)"
     )
+    parser.add_argument("--overwrite", action="store_true", help="replace the object that is registered by this name")
     parser.add_argument("--weights", help="folder of weights; the packaged ones if it is left out")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (%(default)s)")
 
@@ -459,8 +461,9 @@ def main(words: Sequence[str]) -> int:
     )
     add_arguments(parser)
     given = parser.parse_args(words)
-    if given.id is not None:
-        given.name = given.id
+    if given.id is not None and given.name not in (None, given.id):
+        parser.error(f"NAME is {given.name}, --id {given.id}; give one of them")
+    given.name = given.id or given.name
     if given.name is None:
         parser.error("give the object's NAME")
     console = Console()
@@ -471,6 +474,8 @@ def main(words: Sequence[str]) -> int:
         check_count(given.keyframes)
         store = ObjectStore(given.store)
         estimator = PoseEstimator.from_pretrained(given.weights, device=given.device)
+        if not given.overwrite and store.holds(given.name, estimator.predictor):
+            raise InputError(f"'{given.name}' is registered in {store.folder} already; --overwrite replaces it")
         with Progress(console=Console(stderr=True)) as progress:
             if given.mesh is not None:
                 registered = _from_mesh(given, estimator, progress)

@@ -3,7 +3,7 @@
     nope-ros play demo/sequence --rate 10 --loop
 
 Gravity, where the sequence knows it, goes out on /tf as the orientation of the camera in a frame whose z axis points up
-(``level``), as odom or map do on a robot; the node is told of it by its parameter ``gravity.frame``.
+(``level``), as odom or map do on a robot; the node uses it with ``-p gravity.frame:=level``.
 """
 
 from __future__ import annotations

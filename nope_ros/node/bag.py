@@ -347,6 +347,7 @@ def process(job: Job, report: Report = lambda done, total: None) -> Summary:
 
 def _objects(job: Job, estimator: PoseEstimator, complain: Complaints) -> list[RegisteredObject]:
     objects: dict[str, RegisteredObject] = {}
+    unusable = ""
     if job.store is not None:
         if not job.store.is_dir():
             raise InputError(f"store: {job.store} is not a folder")
@@ -354,13 +355,17 @@ def _objects(job: Job, estimator: PoseEstimator, complain: Complaints) -> list[R
         objects |= {one.object_id: one for one in loaded.objects}
         for problem in loaded.problems:
             complain(problem)
+        unusable = "".join(f"; {problem}" for problem in loaded.problems)
     if job.reference is not None:
         wanted = job.reference
         check_object_id(wanted.object_id)
         seen = (moment for moment in moments(job) if messages.mask_array(moment.received.mask).any())
         moment = next(islice(seen, wanted.frame, None), None)
         if moment is None:
-            raise InputError(f"{job.source}: has no frame {wanted.frame} with a mask to register from")
+            raise InputError(
+                f"{job.source}: has no frame {wanted.frame} with a mask to register from; does a mask with pixels set "
+                "have the stamp of an image, and did a calibration come before?"
+            )
         request = RegisterObject.Request(
             object_id=wanted.object_id,
             instance=wanted.instance,
@@ -370,7 +375,7 @@ def _objects(job: Job, estimator: PoseEstimator, complain: Complaints) -> list[R
         rectified = job.settings.rectified
         objects[wanted.object_id] = register(estimator, request, moment.received, moment.gravity, rectified=rectified)
     if not objects:
-        raise InputError("no object to look for: name a store that holds one, or register one with --id")
+        raise InputError(f"no object to look for: name a store that holds one, or register one with --id{unusable}")
     return list(objects.values())
 
 

@@ -114,6 +114,8 @@ class NopeNode(LifecycleNode):
         self.add_post_set_parameters_callback(self._use_parameters)
 
         self._complain = Complaints(self.get_logger().warning)
+        for said in parameters.unknown(self):
+            self.get_logger().warning(said)
         self._pairing = Pairing(patience=1, capacity=1)
         self._times = Times()
         self._meter = Meter()
@@ -532,16 +534,16 @@ class NopeNode(LifecycleNode):
         stream = self._stream
         try:
             session = self._active()
+            if request.command not in (request.START, request.STOP, request.CANCEL):
+                raise InputError(f"command: {request.command} is unknown; 0 starts, 1 stops, 2 cancels")
             if request.command == request.START:
                 response.message = self._start_stream(request, session)
             elif stream is None:
                 raise InputError("no walk has been started; call with START, go round the object, then STOP")
             elif request.command == request.STOP:
                 response.keyframes, response.message = self._stop_stream(stream, session)
-            elif request.command == request.CANCEL:
-                response.message = self._cancel_stream(stream)
             else:
-                raise InputError(f"command: {request.command} is unknown; 0 starts, 1 stops, 2 cancels")
+                response.message = self._cancel_stream(stream)
         except (InputError, torch.cuda.OutOfMemoryError) as error:
             self._complain(f"register_from_stream: {error}")
             response.message = str(error)
@@ -716,7 +718,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         node = NopeNode()
     except ParameterException as error:
-        rclpy.logging.get_logger("nope").fatal(str(error))
+        hint = "; write a number with a point, as 1.0" if "expecting type 'DOUBLE" in str(error) else ""
+        rclpy.logging.get_logger("nope").fatal(f"{error}{hint}")
         rclpy.shutdown()
         return 1
     executor = PatientExecutor(num_threads=_THREADS)

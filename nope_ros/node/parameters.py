@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, dataclass, field, fields
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import yaml as yaml_library
@@ -313,6 +314,21 @@ def declare(node: Node) -> None:
         node.declare_parameter(spec.name, default, spec.descriptor())
 
 
+def unknown(node: Node) -> list[str]:
+    """A line for each value given at start that is of no parameter: nobody else says that it was misspelled."""
+    given: Sequence[str] = list(getattr(node, "_parameter_overrides", {}))
+    return [_misspelled(name) for name in given if not node.has_parameter(name) and not _of_ros(name)]
+
+
+def _of_ros(name: str) -> bool:
+    return name == "use_sim_time" or name.startswith("qos_overrides.")
+
+
+def _misspelled(name: str) -> str:
+    near = get_close_matches(name, BY_NAME, n=1)
+    return f"{name}: is no parameter, and does nothing" + (f"; did you mean {near[0]}?" if near else "")
+
+
 def read(node: Node) -> Settings:
     """The values now."""
     values = {spec.field: node.get_parameter(spec.name).value for spec in SPECS}
@@ -324,17 +340,27 @@ def from_file(path: str) -> dict[str, Any]:
     """What a file for ``--params-file`` sets of our parameters, by name; sections of all nodes, and any ``nope``.
 
     Raises:
-        InputError: if it cannot be read.
+        InputError: if it cannot be read, has no such section, or ours names something that is no parameter.
     """
     try:
         with open(path, encoding="utf-8") as file:
             sections = yaml_library.safe_load(file) or {}
         found: dict[str, Any] = {}
+        wrong: list[str] = []
+        ours = False
         for node, section in sections.items():
-            if node == "/**" or node.rsplit("/", 1)[-1] == "nope":
-                found |= _flat(section["ros__parameters"])
+            own = node.rsplit("/", 1)[-1] == "nope"
+            if node == "/**" or own:
+                values = _flat(section["ros__parameters"])
+                wrong += [_misspelled(name) for name in values if own and name not in BY_NAME and not _of_ros(name)]
+                found |= values
+                ours = True
     except (OSError, yaml_library.YAMLError, AttributeError, KeyError, TypeError) as error:
         raise InputError(f"{path}: is no file of ROS parameters ({error})") from None
+    if wrong:
+        raise InputError(f"{path}: {'; '.join(wrong)}")
+    if not ours:
+        raise InputError(f"{path}: has no section nope: or /**:, only {', '.join(sections) or 'nothing'}")
     return {name: value for name, value in found.items() if name in BY_NAME}
 
 
